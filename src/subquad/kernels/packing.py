@@ -1,0 +1,39 @@
+"""Sequences of different lengths, packed one after another, as a few padded batches.
+
+Sequences whose lengths round up to the same power of two share a batch, so padding at most doubles the work.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """Sequences of a similar length: which they are, where their tokens lie, and which places are padding."""
+
+    sequences: Tensor  # (G,) their numbers
+    tokens: Tensor  # (G, L) positions in the packed axis; padding points at token 0
+    real: Tensor  # (G, L) bool
+
+
+def by_length(offsets: Sequence[int], device: torch.device) -> Iterator[Group]:
+    """Groups of the sequences ``offsets[n] .. offsets[n+1]`` that are not empty."""
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for n, (start, end) in enumerate(zip(offsets, offsets[1:])):
+        if end > start:
+            buckets[(end - start - 1).bit_length()].append(n)
+    for members in buckets.values():
+        lengths = torch.tensor([offsets[n + 1] - offsets[n] for n in members], device=device)
+        starts = torch.tensor([offsets[n] for n in members], device=device)
+        step = torch.arange(int(lengths.max()), device=device)
+        real = step < lengths[:, None]
+        yield Group(torch.tensor(members, device=device), (starts[:, None] + step).where(real, 0), real)
+
+
+def take(x: Tensor, group: Group) -> Tensor:
+    """``x (1, T, ...)`` -> the group's padded batch ``(G, L, ...)``, zero in the padding."""
+    real = group.real.reshape(*group.real.shape, *[1] * (x.ndim - 2))
+    return x[0][group.tokens] * real.to(x.dtype)

@@ -1,0 +1,133 @@
+"""The way from an op with a matrix state to the shared recurrence: dtypes, defaults, packing of the reference."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from subquad.kernels import backends
+from subquad.kernels.recurrence import dispatch
+from subquad.ops import _contract as contract
+
+Reference = Callable[..., tuple[Tensor, Tensor]]
+
+
+def run_recurrence(
+    reference: Reference,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gates: dict[str, Tensor | None],
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    value_log_decay: Tensor | None = None,
+    scale: float,
+    initial_state: Tensor | None,
+    return_state: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Checks what all ops with a matrix state share, then runs the reference or the fastest backend.
+
+    Args:
+        reference: ``reference(q, k, v, **gates, scale=, initial_state=)``, the definition for one batch of sequences.
+        q, k, v: checked by the caller; k and v ``(B, T n, H, .)`` hold n updates per token.
+        gates: the op's own gate arguments, as the reference names them.
+        log_decay, beta, value_log_decay: the same gates in the form of the shared recurrence.
+    """
+    contract.check_scale(scale)
+    contract.check_chunk_size(chunk_size)
+    contract.check_cu_seqlens(cu_seqlens, q)
+    states, heads, width = contract.number_of_states(q, cu_seqlens), q.shape[2], q.shape[3]
+    if initial_state is not None:
+        contract.check_argument(
+            "initial_state",
+            initial_state,
+            q,
+            (states, heads, width, v.shape[-1]),
+            "(batch or packed sequences, heads, key width, value width)",
+        )
+    unsupported = {}
+    if value_log_decay is not None:
+        unsupported = dict.fromkeys(("cpu", "gpu"), "decay over values is computed by 'chunked' only")
+    chosen = backends.resolve(backend, q.device, q.dtype, unsupported)
+
+    accumulate = contract.accumulation_dtype(q)
+    initial_state, log_decay, beta, value_log_decay = (
+        None if x is None else x.to(accumulate) for x in (initial_state, log_decay, beta, value_log_decay)
+    )
+    if chosen in ("reference", "chunked") and not torch.compiler.is_compiling() and _values_may_be_read(q):
+        check_gate_values(log_decay, beta, value_log_decay)
+        if cu_seqlens is not None:
+            contract.check_offsets(cu_seqlens, q.shape[1])
+    if chosen == "reference":
+        operands = [x.to(accumulate) for x in (q, k, v)]
+        gates = {name: None if x is None else x.to(accumulate) for name, x in gates.items()}
+        if initial_state is None:
+            initial_state = q.new_zeros(states, heads, width, v.shape[-1], dtype=accumulate)
+        output, state = _each_sequence(reference, operands, gates, scale, initial_state, cu_seqlens)
+        output = output.to(v.dtype)
+    else:
+        output, state = dispatch.run(
+            q,
+            k,
+            v,
+            log_decay,
+            beta,
+            initial_state,
+            cu_seqlens,
+            scale=float(scale),
+            chunk_size=chunk_size,
+            backend=chosen,
+            value_log_decay=value_log_decay,
+        )
+    return output, state if return_state else None
+
+
+def check_gate_values(log_decay: Tensor | None, beta: Tensor | None, value_log_decay: Tensor | None) -> None:
+    """Ranges of the gates. NaN passes: it stays in its row."""
+    for name, gate in (("log_decay", log_decay), ("value_log_decay", value_log_decay)):
+        if gate is not None and bool((gate > 0).any()):
+            raise ValueError(f"{name} must be at most 0 (a decay of at most 1); its largest value is {gate.max():.4g}")
+    if beta is not None and bool(((beta < 0) | (beta > 2)).any()):
+        raise ValueError(
+            "beta must lie in [0, 2] (above 1: negative eigenvalues, Grazzi et al. 2025); "
+            f"it ranges over [{beta.min():.4g}, {beta.max():.4g}]"
+        )
+
+
+def _values_may_be_read(q: Tensor) -> bool:
+    return type(q) in (Tensor, torch.nn.Parameter) and (q.device.type == "cpu" or backends.check_values())
+
+
+def _each_sequence(
+    reference: Reference,
+    operands: list[Tensor],
+    gates: dict[str, Tensor | None],
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is None:
+        return reference(*operands, **gates, scale=scale, initial_state=initial_state)
+    q = operands[0]
+    offsets = cu_seqlens.tolist()
+    outputs, states = [], []
+
+    def part(x: Tensor, start: int, end: int) -> Tensor:
+        if x.ndim == 1:  # one number per head
+            return x
+        per_token = x.shape[1] // q.shape[1]
+        return x[:, start * per_token : end * per_token]
+
+    for n, (start, end) in enumerate(zip(offsets, offsets[1:])):
+        state = initial_state[n : n + 1]
+        if end > start:
+            pieces = [part(x, start, end) for x in operands]
+            gate_pieces = {name: None if x is None else part(x, start, end) for name, x in gates.items()}
+            output, state = reference(*pieces, **gate_pieces, scale=scale, initial_state=state)
+            outputs.append(output)
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.cat(states)
