@@ -3,6 +3,7 @@
 Every op returns ``(output, state)``; the state is None unless asked for.
 """
 
+from subquad.ops.convolution import short_convolution
 from subquad.ops.delta import delta_attention_matrix, delta_product, delta_rule, gated_delta_rule, kda
 from subquad.ops.gla import gla, simple_gla
 from subquad.ops.lightning import lightning_attention, lightning_slopes, retention_slopes, window_slopes
@@ -19,6 +20,7 @@ __all__ = [
     "gated_delta_rule",
     "kda",
     "delta_product",
+    "short_convolution",
     "delta_attention_matrix",
     "lightning_slopes",
     "retention_slopes",
