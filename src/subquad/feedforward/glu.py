@@ -1,4 +1,4 @@
-"""Gated feed-forward layers: SwiGLU (Shazeer 2020), and SGLU without activation (TransNormerLLM, Qin et al. 2023, eq. 9)."""
+"""Gated feed-forward layers: SwiGLU (Shazeer 2020), and SGLU without activation (Qin et al. 2023, eq. 9)."""
 
 from torch import Tensor, nn
 

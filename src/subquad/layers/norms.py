@@ -28,7 +28,7 @@ class SimpleRMSNorm(nn.Module):
 
 
 class FloatRMSNorm(nn.RMSNorm):
-    """torch's RMS norm, computed in float32 for half-precision input: outputs of linear attention can be large."""
+    """torch's RMS norm, computed in float32 for half-precision input: sums of linear attention can be large."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:

@@ -1,4 +1,4 @@
-"""What every token mixer is: ``mixer(x, context, ...) -> MixerOutput(output, state, losses)``, and which uses it serves.
+"""What every token mixer is: ``mixer(x, context, ...) -> MixerOutput(output, state, losses)``, and the uses it serves.
 
 The checks that all mixers share live in :meth:`Mixer.forward`; a mixer itself writes :meth:`Mixer.mix`. Mixers whose
 state is a recurrence derive from :class:`RecurrentMixer`, which takes padding and positions off their hands.
@@ -131,7 +131,8 @@ class Mixer(nn.Module):
             use_state: whether to return the state after x.
 
         Raises:
-            ValueError, TypeError: a wrong shape, or a use that this mixer does not serve (the message names those it does).
+            ValueError, TypeError: a wrong shape, or a use that this mixer does not serve (the message names those it
+                does).
         """
         self._check(x, context, mask, positions, prefix_lengths, cu_seqlens, state, use_state)
         request = Request(mask, positions, prefix_lengths, cu_seqlens, grid, state, use_state)

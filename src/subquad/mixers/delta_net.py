@@ -30,7 +30,7 @@ class DeltaState(NamedTuple):
 
 
 def beta_range(eigenvalues: tuple[int, int] | list[int]) -> float:
-    """The largest beta that keeps the transition ``I - beta k k^T`` within ``eigenvalues``: 1 for (0, 1), 2 for (-1, 1)."""
+    """The largest beta that keeps ``I - beta k k^T`` within ``eigenvalues``: 1 for (0, 1), 2 for (-1, 1)."""
     if tuple(eigenvalues) not in EIGENVALUES:
         raise ValueError(f"eigenvalues must be (0, 1) or (-1, 1); got {eigenvalues!r}")
     return float(1 - eigenvalues[0])

@@ -43,6 +43,7 @@ class LightningAttention(RecurrentMixer):
     """
 
     uses_positions = True
+    slope: Tensor
 
     def __init__(
         self,

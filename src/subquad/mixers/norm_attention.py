@@ -205,8 +205,8 @@ class DiagAttention(RecurrentMixer):
         key, value = lay(past.keys, k), lay(past.values, v)
         place = torch.arange(span, device=device)
         known = place < (start + real)[:, None]
-        blocks = [x.unflatten(1, (-1, width)).flatten(0, 1) for x in (query, key, value)]
-        o = self._attend(*blocks, known.unflatten(1, (-1, width)).flatten(0, 1))
+        in_q, in_k, in_v, in_known = (x.unflatten(1, (-1, width)).flatten(0, 1) for x in (query, key, value, known))
+        o = self._attend(in_q, in_k, in_v, in_known)
         o = o.unflatten(0, (batch, -1)).flatten(1, 2).gather(1, index)
         total = start + real
         open_start = total // width * width
@@ -234,8 +234,8 @@ class DiagAttention(RecurrentMixer):
         row = torch.searchsorted(offsets[1:].contiguous(), time, right=True)
         column = time - offsets[row]
         longest = int(sizes.max())
-        rows = [x.new_zeros(len(sizes), longest, *x.shape[2:]).index_put((row, column), x[0]) for x in (q, k, v)]
-        o, state = self._in_blocks(*rows, sizes, request.state)
+        q, k, v = (x.new_zeros(len(sizes), longest, *x.shape[2:]).index_put((row, column), x[0]) for x in (q, k, v))
+        o, state = self._in_blocks(q, k, v, sizes, request.state)
         return o[row, column][None], state
 
     def mix(self, x: Tensor, context: Tensor | None, request: Request) -> MixerOutput:

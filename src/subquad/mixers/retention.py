@@ -1,4 +1,4 @@
-"""Retention as a mixer: linear attention with rotary positions and a fixed decay per head (Sun et al. 2023, section 2)."""
+"""Retention as a mixer: linear attention with rotary positions and a fixed decay per head (Sun et al. 2023)."""
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ class Retention(RecurrentMixer):
     """
 
     uses_positions = True
+    slope: Tensor
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Softmax attention as a mixer, with what today's language models add to it: rotary positions, grouped heads, windows."""
+"""Softmax attention as a mixer, with rotary positions, grouped heads, windows and query-key norms."""
 
 from typing import cast
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -83,25 +84,30 @@ class SubquadCache(Cache):
         super().__init__(layers=[StateLayer() for _ in range(num_layers)])
 
     @property
+    def states(self) -> list[StateLayer]:
+        """The layers, in order."""
+        return cast(list[StateLayer], self.layers)
+
+    @property
     def batch_size(self) -> int:
         """Rows of the stored states, -1 before the first token."""
-        states = [layer.state for layer in self.layers if layer.state is not None]
+        states = [layer.state for layer in self.states if layer.state is not None]
         return next((leaf.shape[0] for state in states for _, leaf in named_leaves(state)), -1)
 
     def number_of_bytes(self) -> int:
         """Bytes of all states."""
-        states = [layer.state for layer in self.layers if layer.state is not None]
+        states = [layer.state for layer in self.states if layer.state is not None]
         return sum(leaf.numel() * leaf.element_size() for state in states for _, leaf in named_leaves(state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the states to a safetensors file, whole or not at all."""
         tensors = {
             f"{i}.{name}": leaf.contiguous()
-            for i, layer in enumerate(self.layers)
+            for i, layer in enumerate(self.states)
             if layer.state is not None
             for name, leaf in named_leaves(layer.state)
         }
-        lengths = {str(i): str(layer.length) for i, layer in enumerate(self.layers)}
+        lengths = {str(i): str(layer.length) for i, layer in enumerate(self.states)}
         save_file(tensors, f"{path}.partial", metadata=lengths)
         os.replace(f"{path}.partial", path)
 
@@ -118,7 +124,7 @@ class SubquadCache(Cache):
             lengths, names = file.metadata(), set(file.keys())
             if set(lengths) != {str(i) for i in range(len(mixers))}:
                 raise ValueError(f"{path} holds the states of {len(lengths)} layers; the model has {len(mixers)}")
-            for i, (mixer, layer) in enumerate(zip(mixers, cache.layers)):
+            for i, (mixer, layer) in enumerate(zip(mixers, cache.states)):
                 template = mixer.init_state(1, torch.float32, "cpu")
                 wanted = {f"{i}.{name}" for name, _ in named_leaves(template)}
                 present = {name for name in names if name.startswith(f"{i}.")}

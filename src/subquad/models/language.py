@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -26,7 +26,7 @@ from subquad.blocks import Block
 from subquad.layers.chunked_loss import CHUNK_ELEMENTS, IGNORED, linear_cross_entropy
 from subquad.layers.norms import build_norm
 from subquad.mixers.contract import Mixer
-from subquad.models.cache import StateLayer, SubquadCache
+from subquad.models.cache import SubquadCache
 from subquad.models.config import MixerEntry, SubquadConfig
 from subquad.positions.absolute import LearnedPositions, SinusoidalPositions
 
@@ -88,7 +88,9 @@ class SubquadPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "reset_parameters"):
             cast(HasReset, module).reset_parameters()
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
         """Saves as every transformers model does, and adds one line of Python by which tools that never import subquad
         load it (``trust_remote_code=True``)."""
         heads = {
@@ -144,7 +146,7 @@ class SubquadModel(SubquadPreTrainedModel):
 
     def mixers(self) -> list[Mixer]:
         """The token mixers in layer order."""
-        return [cast(Mixer, cast(Block, block).mixer) for block in self.layers]
+        return [cast(Block, block).mixer for block in self.layers]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -212,7 +214,7 @@ class SubquadModel(SubquadPreTrainedModel):
                 "mask": mask,
                 "cu_seqlens": cu_seqlens,
                 "positions": self._positions_for(own, position_ids, x),
-                "state": None if cache is None else cache.layers[layer].state,
+                "state": None if cache is None else cache.states[layer].state,
                 "use_state": cache is not None,
             }
             if self.gradient_checkpointing and self.training:
@@ -224,7 +226,7 @@ class SubquadModel(SubquadPreTrainedModel):
             x = mixed.output
             losses += mixed.losses.values()
             if cache is not None:
-                cast(StateLayer, cache.layers[layer]).store(mixed.state, x.shape[1])
+                cache.states[layer].store(mixed.state, x.shape[1])
         x = self.norm(x)
         if output_hidden_states:
             all_states.append(x)
@@ -417,7 +419,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         """The cache that ``cache.save(path)`` wrote, to go on where it stopped."""
         return SubquadCache.load(path, self.model.mixers())
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Generation starts from our own cache: transformers' kinds hold keys and values only."""
@@ -485,7 +487,7 @@ class SubquadForSequenceClassification(SubquadPreTrainedModel):
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__(config)
         self.model = SubquadModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels or 2, bias=False)
         self.post_init()
 
     @can_return_tuple

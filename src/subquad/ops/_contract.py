@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def check_offsets(cu_seqlens: Tensor, length: int) -> list[int]:
     """The offsets as integers, in order, from 0 to ``length``. Reads values."""
     offsets: list[int] = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != length or any(a > b for a, b in zip(offsets, offsets[1:])):
+    if offsets[0] != 0 or offsets[-1] != length or any(a > b for a, b in pairwise(offsets)):
         shown = ", ".join(map(str, offsets[:8])) + (", ..." if len(offsets) > 8 else "")
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {length}; got [{shown}]")
     return offsets

@@ -1,6 +1,7 @@
 """The way from an op with a matrix state to the shared recurrence: dtypes, defaults, packing of the reference."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def _each_sequence(
         per_token = x.shape[1] // q.shape[1]
         return x[:, start * per_token : end * per_token]
 
-    for n, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for n, (start, end) in enumerate(pairwise(offsets)):
         state = initial_state[n : n + 1]
         if end > start:
             pieces = [part(x, start, end) for x in operands]

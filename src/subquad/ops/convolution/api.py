@@ -1,5 +1,7 @@
 """The door to the short causal convolution."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -140,7 +142,7 @@ def _reference(
     shift = None if bias is None else bias.to(accumulate)
     if cu_seqlens is not None:
         ends = contract.check_offsets(cu_seqlens, x.shape[1])
-        pieces = [(x[:, a:b], initial_state[n : n + 1]) for n, (a, b) in enumerate(zip(ends, ends[1:]))]
+        pieces = [(x[:, a:b], initial_state[n : n + 1]) for n, (a, b) in enumerate(pairwise(ends))]
     elif lengths is not None:
         pieces = [(x[b : b + 1], initial_state[b : b + 1]) for b in range(x.shape[0])]
     else:

@@ -162,7 +162,7 @@ def delta_product(
     contract.check_tensor("v", v, 5, "(batch, time, updates, heads, value width)")
     contract.check_not_empty("k", k)
     contract.check_not_empty("v", v)
-    batch, time, updates, heads, width = k.shape
+    batch, time, _, heads, width = k.shape
     contract.check_same_kind("k", k, q)
     contract.check_same_kind("v", v, q)
     if tuple(q.shape) != (batch, time, heads, width) or v.shape[:4] != k.shape[:4]:

@@ -1,6 +1,6 @@
 """Linear attention as defined: scores without a softmax, so that keys and values sum up to one matrix.
 
-Source: Katharopoulos et al. 2020, "Transformers are RNNs", eq. 7 (causal: eq. 12), the feature map applied by the caller.
+Source: Katharopoulos et al. 2020, "Transformers are RNNs", eq. 7 (causal: eq. 12); the caller applies the feature map.
 """
 
 import torch

@@ -55,7 +55,7 @@ def softmax_attention(
 
     Args:
         q: ``(B, T, H, K)``, one of float64, float32, bfloat16, float16.
-        k, v: ``(B, S, G, K)`` and ``(B, S, G, V)``; H is a multiple of G (grouped heads). S = T unless ``causal=False``.
+        k, v: ``(B, S, G, K)`` and ``(B, S, G, V)``; H is a multiple of G (grouped heads). S = T if ``causal``.
         causal: whether a query sees the keys up to its own place only.
         mask: ``(B, S)`` bool, True = a real token. Padded keys are seen by nobody; with ``causal`` the queries are the
             same tokens, and padded ones give zero.
@@ -87,6 +87,7 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = backends.resolve(backend, q.device, q.dtype)
     sight = Sight(causal, prefix_lengths, window_size, num_sinks)
+    log_sum_exp: Tensor | None
     if cu_seqlens is not None:
         output, state, log_sum_exp = _packed(
             q, k, v, sight, scale, initial_state, cu_seqlens, chosen, return_log_sum_exp
@@ -232,9 +233,9 @@ def _torch_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, *, is_causal: bool
 ) -> Tensor:
     # contiguous (B, H, T, K): torch's CPU kernel is half as fast on the strided view
-    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     output = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=visible, is_causal=is_causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+        query, key, value, attn_mask=visible, is_causal=is_causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
     )
     return output.transpose(1, 2)
 

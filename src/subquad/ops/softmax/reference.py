@@ -9,7 +9,8 @@ def softmax_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T) v`` over the visible keys; a query that sees none gets zero and ``-inf``.
 
-    q ``(B, T, H, K)``, k, v ``(B, S, G, .)`` with H a multiple of G, visible ``(B, T, S)`` -> output, log-sum-exp ``(B, T, H)``.
+    q ``(B, T, H, K)``, k, v ``(B, S, G, .)`` with H a multiple of G, visible ``(B, T, S)`` -> output ``(B, T, H, V)``,
+    log-sum-exp ``(B, T, H)``.
     """
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
