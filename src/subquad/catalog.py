@@ -1,6 +1,6 @@
 """What the library holds, as data: the 70 systems, what they stand on, and the table from public names to objects.
 
-Nothing is imported until it is asked for: names are strings ``"package.module:Name"``. Adding a system fills in its row.
+Nothing is imported until it is asked for: names are strings ``"package.module:Name"``. Adding a system fills its row.
 """
 
 from collections.abc import Mapping

@@ -5,6 +5,7 @@ Sequences whose lengths round up to the same power of two share a batch, so padd
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Group(NamedTuple):
 def by_length(offsets: Sequence[int], device: torch.device) -> Iterator[Group]:
     """Groups of the sequences ``offsets[n] .. offsets[n+1]`` that are not empty."""
     buckets: dict[int, list[int]] = defaultdict(list)
-    for n, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for n, (start, end) in enumerate(pairwise(offsets)):
         if end > start:
             buckets[(end - start - 1).bit_length()].append(n)
     for members in buckets.values():

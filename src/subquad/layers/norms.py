@@ -46,7 +46,7 @@ NORMS = {
 
 
 def build_norm(name: str, dim: int, eps: float = 1e-6) -> nn.Module:
-    """The norm called ``name`` over the last axis of ``dim`` channels: ``rms``, ``layer``, ``simple_rms`` or ``none``."""
+    """The norm called ``name`` (a key of ``NORMS``) over the last axis of ``dim`` channels."""
     if name not in NORMS:
         raise unknown_name("norm", name, NORMS)
     return NORMS[name](dim, eps)

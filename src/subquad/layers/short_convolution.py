@@ -63,7 +63,7 @@ class ShortConvolution(nn.Module):
 
 
 class ConvolutionTails(NamedTuple):
-    """The last tokens of the convolutions on q, k and v, ``(B, width - 1, channels)`` each; None where there is none."""
+    """The last tokens of the convolutions on q, k, v, ``(B, width - 1, channels)`` each; None where there is none."""
 
     q: Tensor | None
     k: Tensor | None

@@ -239,7 +239,7 @@ def keep_mask(x: Tensor, lengths: Tensor | None) -> Tensor | None:
 
 
 def silence(keep: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Zero at padded tokens, of tensors ``(B, T, ...)``: a zero key writes nothing, a zero log decay forgets nothing."""
+    """Tensors ``(B, T, ...)``, zero at padding: a zero key writes nothing, a zero log decay forgets nothing."""
     if keep is None:
         return tensors
     return tuple(x.where(keep.reshape(*keep.shape, *[1] * (x.ndim - 2)), 0) for x in tensors)

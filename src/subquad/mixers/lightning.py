@@ -35,7 +35,7 @@ class LightningAttention(RecurrentMixer):
         gate: ``"low_rank_sigmoid"`` (``sigmoid(W_2 W_1 x)``), ``"linear"`` (``W_u x``) or ``"none"``.
         norm: over all heads together (``"layer"``, ``"rms"``, ``"simple_rms"``) or ``"rms_per_head"``, or ``"none"``:
             different models, whose weights do not convert.
-        slopes: the decay, by rule (``"alibi"``, ``"paper"``, ``"window"``, ``"none"``) or one number per head. The numbers
+        slopes: the decay, by rule (``"alibi"``, ``"paper"``, ``"window"``, ``"none"``) or one number per head. They
             are kept in the state dict, so that a model whose layers are edited keeps its behaviour.
         lrpe: linearised relative position encoding on q and k, whose width doubles.
         value_activation: of v, by name.

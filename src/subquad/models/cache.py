@@ -69,7 +69,7 @@ class StateLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError(
-                "a recurrent state cannot be taken back by some tokens: keep a copy of the cache (copy.deepcopy) instead"
+                "a recurrent state cannot be taken back by some tokens: keep a copy of the cache (copy.deepcopy)"
             )
 
 

@@ -23,8 +23,8 @@ class SubquadConfig(PreTrainedConfig):
         mixers: the token mixer of each layer: one name for all (``"gla"``); a pattern repeated over the layers
             (``"gla*3+softmax"``); a list with an entry per layer; or a division of the layers by place,
             ``{"first": ..., "rest": ...}`` or ``{"first_half": ..., "second_half": ...}`` (of an odd number the first
-            half is the smaller). An entry is a name, or a dict of a name and options, ``{"name": "gla", "expand_k": 1}``.
-            It is kept as the list.
+            half is the smaller). An entry is a name, or a name and options, ``{"name": "gla", "expand_k": 1}``. It
+            is kept as the list.
         feedforward: the channel mixer by name, or None for none.
         positions: ``"rope"`` (inside softmax attention), ``"sinusoidal"``, ``"learned"`` (added to the embeddings) or
             ``"none"``. Retention turns its queries and keys in any case.
@@ -118,7 +118,7 @@ def expand_mixers(mixers: Any, layers: int) -> list[MixerEntry]:
         if keys == {"first_half", "second_half"}:
             return [mixers["first_half"]] * (layers // 2) + [mixers["second_half"]] * (layers - layers // 2)
         raise ValueError(
-            "mixers as a dict is one mixer {'name': ..., options}, or {'first', 'rest'}, or {'first_half', 'second_half'}; "
+            "mixers as a dict is one mixer {'name': ..., options}, {'first', 'rest'} or {'first_half', 'second_half'}; "
             f"got the keys {sorted(keys)}"
         )
     if isinstance(mixers, list | tuple):

@@ -311,7 +311,7 @@ class SubquadModel(SubquadPreTrainedModel):
 
     @staticmethod
     def _count(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, earlier: int) -> Tensor:
-        """Each token's place among its row's real tokens. Earlier columns that the mask does not cover were all real."""
+        """Each token's place among its row's real tokens. Earlier columns outside the mask were all real."""
         time = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is not None:
             offsets = cu_seqlens.to(torch.int64)
@@ -500,7 +500,7 @@ class SubquadForSequenceClassification(SubquadPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Logits ``(B, num_labels)`` and, with labels ``(B,)``, the loss (``config.problem_type`` as in transformers)."""
+        """Logits ``(B, num_labels)`` and, with labels ``(B,)``, the loss of ``config.problem_type``."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

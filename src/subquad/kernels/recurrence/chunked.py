@@ -39,7 +39,7 @@ def recurrence(
     Returns:
         ``(B, T, H, V)`` and the last state ``(B, H, K, V)``.
     """
-    batch, time, heads, _ = q.shape
+    time = q.shape[1]
     updates = k.shape[1] // time
     chunk = min(chunk_size, time)
     padding = -time % chunk
@@ -98,7 +98,7 @@ def _start(initial_state: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _visible(tokens: int, updates: int, device: torch.device, *, strict: bool) -> Tensor:
-    """``(tokens, tokens * updates)``: which updates a token sees: all up to its own last one (strict: before its own)."""
+    """``(tokens, tokens * updates)``: the updates a token sees, up to its own last one (strict: before its own)."""
     column = torch.arange(tokens * updates, device=device)
     end = torch.arange(tokens, device=device)[:, None] * updates + (0 if strict else updates)
     return column < end
@@ -107,7 +107,7 @@ def _visible(tokens: int, updates: int, device: torch.device, *, strict: bool) -
 def _gates(
     log_decay: Tensor | None, chunks: Callable[[Tensor], Tensor], time: int, updates: int, key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decay summed from the chunk's start, at each read ``(B, H, N, C, 1 or K)`` and at each update ``(..., C n, .)``."""
+    """Decay summed from the chunk's start: at each read ``(B, H, N, C, 1 or K)``, at each update ``(..., C n, .)``."""
     if log_decay is None:
         zero = key.new_zeros(1, 1, key.shape[2], key.shape[3], 1)
         return zero[..., : key.shape[3] // updates, :], zero

@@ -212,7 +212,7 @@ def _register(backend: str) -> Forward:
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.scale, ctx.chunk_size, save = inputs
+        *tensors, ctx.scale, ctx.chunk_size, _ = inputs
         ctx.state_shape = output[1].shape
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.set_materialize_grads(False)

@@ -32,7 +32,7 @@ def short_convolution(
         weight: ``(D, W)``; the last column weighs the current token.
         bias: ``(D,)``.
         activation: None or ``"silu"``.
-        lengths: ``(B,)`` integers, how many first tokens of each row are real; the state is that after the last real one.
+        lengths: ``(B,)`` integers, how many first tokens of a row are real; the state is that after the last real one.
         initial_state: ``(B, W - 1, D)``, the tokens before the first; zeros if not given. Packed: ``(N, W - 1, D)``.
         return_state: whether to return the last W - 1 tokens.
         cu_seqlens: ``(N + 1,)`` int32 or int64, where N packed sequences begin and end in a batch of one.

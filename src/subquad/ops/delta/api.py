@@ -209,7 +209,7 @@ def _delta(
 
 
 def delta_attention_matrix(q: Tensor, k: Tensor, beta: Tensor, *, scale: float | None = None) -> Tensor:
-    """The matrix A ``(B, H, T, T)`` with ``output = A v`` of the delta rule: which token's value each token still reads.
+    """The matrix A ``(B, H, T, T)`` with ``output = A v`` of the delta rule: whose value each token still reads.
 
     For analysis: it costs T^2 memory (Yang et al. 2024, section 3.2). Shapes as in :func:`delta_rule`.
 

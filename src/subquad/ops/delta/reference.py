@@ -1,6 +1,6 @@
 """The delta rule as defined: erase what the state holds under the new key, then write.
 
-Sources: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", eq. 2; its gated
+Sources: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", eq. 2; gated
 form, Yang et al. 2025, eq. 10; one gate per channel, Kimi Team 2025; products, Siems et al. 2025, eq. 6.
 """
 

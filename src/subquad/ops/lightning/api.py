@@ -98,7 +98,7 @@ def lightning_slopes(num_heads: int, layer: int = 0, num_layers: int = 1, *, rul
 
 
 def window_slopes(num_heads: int, shortest: float = 2.0, longest: float = 256.0) -> Tensor:
-    """Slopes ``(H,)`` whose windows ``1 / slope`` run from ``shortest`` to ``longest`` tokens, evenly in their logarithm.
+    """Slopes ``(H,)`` whose windows ``1 / slope`` run from ``shortest`` to ``longest`` tokens, evenly in the log.
 
     Example:
         >>> window_slopes(3, 4, 64).tolist()

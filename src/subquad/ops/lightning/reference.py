@@ -1,6 +1,6 @@
 """Lightning attention as defined: linear attention whose state forgets at a constant rate per head.
 
-Source: Qin et al. 2024, "Various Lengths, Constant Speed", section 3. Retention (Sun et al. 2023) is ``scale = K**-0.5``.
+Source: Qin et al. 2024, "Various Lengths, Constant Speed", section 3. Retention (Sun et al. 2023): ``scale = K**-0.5``.
 """
 
 import torch
@@ -24,7 +24,7 @@ def lightning_attention_reference(
 
 
 def lightning_attention_quadratic(q: Tensor, k: Tensor, v: Tensor, *, slope: Tensor, scale: float) -> Tensor:
-    """All pairs at once, from an empty state: ``output = scale * (q k^T * M) v``, ``M_ij = exp(-slope (i - j))``, i >= j."""
+    """All pairs at once, from an empty state: ``scale * (q k^T * M) v``, ``M_ij = exp(-slope (i - j))``, i >= j."""
     step = torch.arange(q.shape[1], device=q.device)
     distance = step[:, None] - step
     decay = torch.exp(-slope[:, None, None] * distance.clamp(min=0)) * (distance >= 0)

@@ -46,11 +46,12 @@ def linear_attention(
         return_state: whether to return that state after the last token, float32.
         cu_seqlens: ``(N + 1,)`` int32 or int64, where N packed sequences begin and end in a batch of one (self only).
         chunk_size: tokens per chunk; changes speed, not the result.
-        backend: ``auto``, ``reference``, ``chunked``, ``cpu`` or ``gpu``; never changes the meaning. The non-causal form
-            is two matrix products on every backend.
+        backend: ``auto``, ``reference``, ``chunked``, ``cpu`` or ``gpu``; never changes the meaning. The non-causal
+            form is two matrix products on every backend.
 
     Returns:
-        The output ``(B, T, H, V)`` in v's dtype, and the last state (a :class:`NormalizedState` with ``normalize``) or None.
+        The output ``(B, T, H, V)`` in v's dtype, and the last state or None; with ``normalize`` that is a
+        :class:`NormalizedState`.
 
     Raises:
         ValueError, TypeError: a shape, dtype, range or name that does not fit; the message says what is needed.
