@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.kernels.backends import is_installed
 from tests.ops.cases import CASES, STRENGTHS, Shape, assert_equal, cast, initial_state, run_with_gradients, slope_terms
 
 FLOAT32_BOUND = 1e-4
@@ -40,7 +39,6 @@ def test_chunked_equals_the_definition(name, shape, strength, chunk_size):
     assert_equal(actual, expected, 1e-8, case, slope_terms(case, arguments, state))
 
 
-@pytest.mark.skipif(not is_installed("numba"), reason="numba is not installed")
 @names
 @settings(deadline=None, max_examples=20)
 @given(shape=SHAPES, strength=st.sampled_from(STRENGTHS), seed=st.integers(0, 3))

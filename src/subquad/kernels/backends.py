@@ -4,17 +4,12 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 
 BACKENDS = ("auto", "reference", "chunked", "cpu", "gpu")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@cache
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+INSTALLED = {package: importlib.util.find_spec(package) is not None for package in ("numba", "triton")}
 
 
 def triton_interprets() -> bool:
@@ -33,8 +28,8 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if backend == "cpu":
         if device.type != "cpu":
             return f"its kernels run on a CPU; the tensors are on {device}"
-        return None if is_installed("numba") else "numba is not installed"
-    if not is_installed("triton"):
+        return None if INSTALLED["numba"] else "numba is not installed"
+    if not INSTALLED["triton"]:
         return "triton is not installed (pip install triton)"
     if device.type != "cuda" and not triton_interprets():
         return f"its kernels run on a CUDA device; the tensors are on {device}"

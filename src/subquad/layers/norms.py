@@ -37,9 +37,20 @@ class FloatRMSNorm(nn.RMSNorm):
         return nn.functional.rms_norm(wide, self.normalized_shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
+class FloatLayerNorm(nn.LayerNorm):
+    """torch's layer norm, computed in float32 for half-precision weights or input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return nn.functional.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 NORMS = {
     "rms": lambda dim, eps: FloatRMSNorm(dim, eps=eps),
-    "layer": lambda dim, eps: nn.LayerNorm(dim, eps=eps),
+    "layer": lambda dim, eps: FloatLayerNorm(dim, eps=eps),
     "simple_rms": lambda dim, eps: SimpleRMSNorm(dim, eps=eps),
     "none": lambda dim, eps: nn.Identity(),
 }
