@@ -53,7 +53,7 @@ def test_first_step_is_adamw_on_the_mean_loss(tiny_model, counted_data, options,
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other)
     record = result.history[0]
-    assert record["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert record["gradient_norm"] == pytest.approx(float(norm), rel=1e-6)
 
 
@@ -70,7 +70,7 @@ def test_clipping_bounds_the_gradient(tiny_model, counted_data, options, quiet_t
     moved = torch.stack([(p - b).square().sum() for p, b in zip(model.parameters(), before)]).sum().sqrt()
     # torch divides by norm + 1e-6
     norm = result.history[0]["gradient_norm"]
-    assert float(moved) == pytest.approx(0.01 * norm / (norm + 1e-6), rel=1e-6)
+    assert moved.item() == pytest.approx(0.01 * norm / (norm + 1e-6), rel=1e-6)
     assert norm > 0.1
 
 
@@ -219,9 +219,23 @@ def test_arguments_of_the_wrong_kind(tiny_model, counted_data, options, quiet_tr
         quiet_train(tiny_model(), counted_data(), {"steps": 3})
     with pytest.raises(TypeError, match=r"data must have a method batch\(index\); got list"):
         quiet_train(tiny_model(), [], options())
-    with pytest.raises(TypeError, match="must return .loss, metrics.; got Tensor"):
+    with pytest.raises(TypeError, match=r"must return \(loss, metrics\); got Tensor"):
         quiet_train(tiny_model(), counted_data(), options(), objective=lambda m, b: m(b.inputs).logits.sum())
     with pytest.raises(ValueError, match=r"must be a scalar, .* its shape is \(4, 6, 11\)"):
         quiet_train(tiny_model(), counted_data(), options(), objective=lambda m, b: (m(b.inputs).logits, {}))
     with pytest.raises(TypeError, match="evaluate must return a dictionary of numbers; got float"):
         quiet_train(tiny_model(), counted_data(), options(), evaluate=lambda model: 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_gpu_run_learns_and_resumes(precision, tmp_path, tiny_model, counted_data, options, quiet_train):
+    chosen = {"precision": precision, "schedule": "constant", "learning_rate": 0.01}
+    model = tiny_model(width=16, dropout=0.0)
+    quiet_train(model, counted_data(), options(steps=100, **chosen), out=tmp_path)
+    assert model.hidden.weight.is_cuda
+    twin = tiny_model(width=16, dropout=0.0, seed=1)
+    result = quiet_train(twin, counted_data(), options(steps=200, **chosen), out=tmp_path, resume=True)
+    assert [record["step"] for record in result.history] == list(range(1, 201))
+    assert result.loss < 0.3

@@ -1,5 +1,6 @@
 """Two processes share every batch and end where one process ends."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from subquad.training import read_metrics
+
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
@@ -19,8 +22,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def launch(folder, world_size):
-    """Starts the processes with the variables that torchrun sets, and waits for them."""
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two processes worked, started with the variables that torchrun sets."""
+    folder, world_size = tmp_path_factory.mktemp("two"), 2
     port, processes = str(free_port()), []
     for rank in range(world_size):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -32,33 +37,24 @@ def launch(folder, world_size):
     for process in processes:
         _, errors = process.communicate(timeout=100)
         assert process.returncode == 0, errors
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    launch(folder, 2)
     return folder
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    launch(folder, 1)
-    return folder
-
-
-def test_two_processes_end_where_one_does(one, two):
-    """float64: only the order of summation differs, at 1e-16 relative, amplified by 9 AdamW steps as in the loop's test."""
-    expected = torch.load(one / "weights-0.pt")
+def test_two_processes_end_where_one_does(two, tmp_path):
+    """float64: only the order of summation differs, 1e-16 relative, amplified by AdamW as in the loop's test."""
+    specification = importlib.util.spec_from_file_location("two_processes", SCRIPT)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    alone, _ = script.run(tmp_path / "run")
+    expected = alone.state_dict()
     for rank in (0, 1):
         weights = torch.load(two / f"weights-{rank}.pt")
         for name, weight in expected.items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-9)
-    records = [[json.loads(line) for line in (f / "run" / "metrics.jsonl").open()] for f in (one, two)]
+    records = [read_metrics(folder / "run") for folder in (tmp_path, two)]
     assert [r["step"] for r in records[1]] == list(range(1, 10))
-    for alone, together in zip(*records, strict=True):
-        assert alone == pytest.approx(together, rel=1e-6)
+    for single, shared in zip(*records, strict=True):
+        assert single == pytest.approx(shared, rel=1e-6)
 
 
 def test_both_processes_hold_the_same_weights_and_report_the_same(two):
@@ -76,12 +72,9 @@ def test_a_nan_on_one_process_is_named_on_all(two):
         assert json.loads((two / f"result-{rank}.json").read_text())["failure"] == [3, 5, "logarithm"]
 
 
-@pytest.mark.parametrize(("variable", "message"), [("2", "WORLD_SIZE is 2, but 1 process")])
-def test_a_launch_that_does_not_come_together(
-    variable, message, monkeypatch, tiny_model, counted_data, options, quiet_train
-):
+def test_a_launch_that_does_not_come_together(monkeypatch, tiny_model, counted_data, options, quiet_train):
     """Two processes that do not see each other would otherwise write over each other."""
-    monkeypatch.setenv("WORLD_SIZE", variable)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.state.PartialState._prepare_backend", lambda self, *_: (None, "NO"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but 1 process"):
         quiet_train(tiny_model(), counted_data(), options())

@@ -1,4 +1,4 @@
-"""One process of a data-parallel run: ``python two_processes.py FOLDER STEPS``, with torchrun's environment variables.
+"""One process of a data-parallel run: ``python two_processes.py FOLDER``, with torchrun's environment variables.
 
 Writes what it ended with to ``FOLDER/result-RANK.json`` and its weights to ``FOLDER/weights-RANK.pt``.
 """
@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
 
-from subquad.training import NonFiniteLoss, TrainingOptions, train
+from subquad.training import NonFiniteLoss, TrainingOptions, TrainingResult, train
 
 specification = importlib.util.spec_from_file_location("samples", Path(__file__).with_name("conftest.py"))
 samples = importlib.util.module_from_spec(specification)
@@ -68,7 +69,7 @@ def failure() -> list[object]:
             self.logarithm = Logarithm()
 
         def forward(self, tokens):
-            return samples.SimpleNamespace(
+            return SimpleNamespace(
                 logits=super().forward(tokens).logits + 0 * self.logarithm(tokens[..., None] / 2 + 0.5)
             )
 
@@ -84,20 +85,18 @@ def failure() -> list[object]:
     return []
 
 
+def run(folder: Path) -> tuple[torch.nn.Module, TrainingResult]:
+    """Nine steps in two calls, the second of which resumes the first."""
+    trained, arguments = model(), {"out": folder, "resume": True, "evaluate": evaluate, "console": Console(quiet=True)}
+    for steps in (6, 9):
+        result = train(trained, samples.CountedData(), options(steps), **arguments)
+    return trained, result
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-    trained = model()
-    for steps in (6, 9):  # the second call resumes
-        result = train(
-            trained,
-            samples.CountedData(),
-            options(steps),
-            out=folder / "run",
-            resume=True,
-            evaluate=evaluate,
-            console=Console(quiet=True),
-        )
+    trained, result = run(folder / "run")
     ended = {"step": result.step, "tokens": result.tokens, "last": result.history[-1], "failure": failure()}
     (folder / f"result-{rank}.json").write_text(json.dumps(ended))
     torch.save(trained.state_dict(), folder / f"weights-{rank}.pt")
