@@ -77,7 +77,7 @@ class SubquadConfig(PreTrainedConfig):
             raise unknown_name("positions", self.positions, POSITIONS)
         if self.intermediate_size is None:  # SwiGLU's share of parameters, rounded up to 64
             self.intermediate_size = -(-8 * self.hidden_size // 3 // 64) * 64
-        self.mixers = expand_mixers(self.mixers, self.num_hidden_layers)
+        self.mixers = [_as_saved(entry) for entry in expand_mixers(self.mixers, self.num_hidden_layers)]
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -139,3 +139,10 @@ def _parse(pattern: str) -> list[str]:
             raise ValueError(f"a pattern of mixers reads like 'gla*3+softmax'; cannot read {part!r} in {pattern!r}")
         names += [match[1]] * int(match[2] or 1)
     return names
+
+
+def _as_saved(entry: MixerEntry) -> MixerEntry:
+    """The entry as it comes back from a JSON file: tuples become lists."""
+    if isinstance(entry, str):
+        return entry
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
