@@ -42,6 +42,8 @@ class DeltaNet(RecurrentMixer):
     Args:
         dim, num_heads, layer_index, num_layers: see :class:`Mixer`.
         expand_k, expand_v: total key and value width over D.
+        num_value_heads: heads of v, beta and the state, a multiple of H: several read and write with one q and k; None
+            is H.
         conv_size: width of the short convolutions on q, k, v; 0: none.
         eigenvalues: range of the state's transition: ``(0, 1)``, or ``(-1, 1)`` for state tracking (beta up to 2).
         qk_activation, qk_norm: of q and k after the convolution; ``"elu+1"`` with ``"sum"`` is the rule of 2021. A silu
@@ -58,6 +60,7 @@ class DeltaNet(RecurrentMixer):
         causal: bool = True,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
+        num_value_heads: int | None = None,
         conv_size: int = 4,
         eigenvalues: tuple[int, int] = (0, 1),
         qk_activation: str = "silu",
@@ -76,15 +79,18 @@ class DeltaNet(RecurrentMixer):
             raise ValueError(
                 f"qk_norm='sum' needs an activation that is not negative: relu or elu+1; got {qk_activation!r}"
             )
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        self.num_value_heads = num_value_heads or num_heads
+        if self.num_value_heads % num_heads:
+            raise ValueError(f"num_value_heads must be a multiple of num_heads {num_heads}; got {num_value_heads}")
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         self.head_k_dim = self.head_width(key_dim, "expand_k * dim")
-        self.head_v_dim = self.head_width(value_dim, "expand_v * dim")
+        self.head_v_dim = self.head_width(value_dim, "expand_v * dim", self.num_value_heads)
         self.largest_beta = beta_range(eigenvalues)
         self.activation, self.normalize = QK_ACTIVATIONS[qk_activation], QK_NORMS[qk_norm]
         self.q_proj = nn.Linear(dim, key_dim, bias=False)
         self.k_proj = nn.Linear(dim, key_dim, bias=False)
         self.v_proj = nn.Linear(dim, value_dim, bias=False)
-        self.b_proj = nn.Linear(dim, num_heads, bias=False)
+        self.b_proj = nn.Linear(dim, self.num_value_heads, bias=False)
         self.g_proj = nn.Linear(dim, value_dim, bias=False) if output_gate else None
         self.o_proj = nn.Linear(value_dim, dim, bias=False)
         self.o_norm = build_norm("rms", self.head_v_dim, norm_eps)
@@ -104,6 +110,9 @@ class DeltaNet(RecurrentMixer):
         q = self.normalize(self.activation(q).unflatten(-1, (-1, self.head_k_dim)))
         k = self.normalize(self.activation(k).unflatten(-1, (-1, self.head_k_dim)))
         v = F.silu(v).unflatten(-1, (-1, self.head_v_dim))
+        shared = self.num_value_heads // self.num_heads
+        if shared > 1:
+            q, k = (t.repeat_interleave(shared, dim=2) for t in (q, k))
         # float32 from here: 2 * 0.996 would end the memory of a sign within 300 tokens
         beta = self.largest_beta * torch.sigmoid(wide(self.b_proj(x)))
         k, v, beta = silence(keep_mask(x, lengths), k, v, beta)
@@ -135,7 +144,7 @@ class DeltaNet(RecurrentMixer):
         )
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> DeltaState:
-        state = torch.zeros(batch, self.num_heads, self.head_k_dim, self.head_v_dim, device=device)
+        state = torch.zeros(batch, self.num_value_heads, self.head_k_dim, self.head_v_dim, device=device)
         return DeltaState(state, self.convolutions.init_state(batch, dtype, device))
 
 
@@ -153,6 +162,7 @@ class GatedDeltaNet(DeltaNet):
         causal: bool = True,
         expand_k: float = 0.75,
         expand_v: float = 1.5,
+        num_value_heads: int | None = None,
         conv_size: int = 4,
         eigenvalues: tuple[int, int] = (0, 1),
         output_gate: bool = True,
@@ -166,6 +176,7 @@ class GatedDeltaNet(DeltaNet):
             causal=causal,
             expand_k=expand_k,
             expand_v=expand_v,
+            num_value_heads=num_value_heads,
             conv_size=conv_size,
             eigenvalues=eigenvalues,
             output_gate=output_gate,
@@ -173,7 +184,7 @@ class GatedDeltaNet(DeltaNet):
             layer_index=layer_index,
             num_layers=num_layers,
         )
-        self.gate = ForgetGate(dim, num_heads)
+        self.gate = ForgetGate(dim, self.num_value_heads)
 
     def _update(
         self,
@@ -255,7 +266,7 @@ class DeltaProduct(RecurrentMixer):
         super().__init__(dim, num_heads, causal=causal, layer_index=layer_index, num_layers=num_layers)
         if num_householder < 1:
             raise ValueError(f"num_householder must be at least 1; got {num_householder}")
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         self.head_k_dim = self.head_width(key_dim, "expand_k * dim")
         self.head_v_dim = self.head_width(value_dim, "expand_v * dim")
         self.num_householder, self.largest_beta = num_householder, beta_range(eigenvalues)

@@ -52,7 +52,7 @@ class GatedLinearAttention(RecurrentMixer):
         self.num_key_value_heads = num_key_value_heads or num_heads
         if num_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads must divide num_heads {num_heads}; got {self.num_key_value_heads}")
-        self.key_dim, self.value_dim = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim, self.value_dim = round(dim * expand_k), round(dim * expand_v)
         self.head_k_dim = self.head_width(self.key_dim, "expand_k * dim")
         self.head_v_dim = self.head_width(self.value_dim, "expand_v * dim")
         groups = num_heads // self.num_key_value_heads

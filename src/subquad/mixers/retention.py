@@ -39,7 +39,7 @@ class Retention(RecurrentMixer):
         num_layers: int = 1,
     ) -> None:
         super().__init__(dim, num_heads, causal=causal, layer_index=layer_index, num_layers=num_layers)
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         self.head_k_dim = self.head_width(key_dim, "expand_k * dim")
         self.head_v_dim = self.head_width(value_dim, "expand_v * dim")
         if self.head_k_dim % 2:

@@ -1,0 +1,256 @@
+"""The command line. Every command is a call that can be made from Python; here arguments are read and results shown."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Sequence models whose cost does not grow with the square of their input: train, run and compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+catalog_app = typer.Typer(help="What the library holds: 70 systems and what they stand on.", no_args_is_help=True)
+app.add_typer(catalog_app, name="catalog")
+console, errors = Console(), Console(stderr=True)
+
+DataPaths = Annotated[
+    list[Path],
+    typer.Option("--data", help="A text file, a folder of them, or a JSONL file; may be given several times."),
+]
+
+
+def answers_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrong input is answered with its sentence and exit code 2; ``SUBQUAD_DEBUG=1`` shows where it was raised."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ArithmeticError, ImportError) as error:
+            if os.environ.get("SUBQUAD_DEBUG") == "1":
+                raise
+            errors.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+
+    return run
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _list_of(text: str, kind: type = str) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"a list of {kind.__name__} with commas between is needed; got {text!r}") from error
+
+
+@app.command()
+@answers_errors
+def train(
+    data: DataPaths,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the model is saved in OUT/model.")],
+    mixers: Annotated[
+        str, typer.Option(help="One mixer for all layers, or a pattern such as 'gla*3+softmax'.")
+    ] = "gla",
+    config: Annotated[Path | None, typer.Option(help="JSON file with further fields of SubquadConfig.")] = None,
+    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 128,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
+    context: Annotated[int, typer.Option(help="Tokens (bytes) per row.")] = 512,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 50,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16 (GPU).")] = "no",
+    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run in OUT.")] = False,
+) -> None:
+    """Train a byte-level language model on your text and save it as a Hugging Face folder.
+
+    Example: `subquad train --data notes/ --mixers "gla*3+softmax" --out runs/notes`
+    """
+    from subquad import tasks
+    from subquad.evaluation.loss import bits_per_byte
+    from subquad.models import SubquadConfig
+    from subquad.training import TrainingOptions
+    from subquad.training.language import train_language_model
+
+    text = tasks.text_files(data)
+    fields = json.loads(config.read_text()) if config else {}
+    settings = SubquadConfig(
+        **{
+            "mixers": mixers,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            **fields,
+        }
+    )
+    options = TrainingOptions(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=min(warmup_steps, steps - 1),
+        precision=precision,
+        seed=seed,
+        save_every=save_every,
+        eval_every=eval_every,
+    )
+    _, result = train_language_model(
+        text,
+        settings,
+        options,
+        context=context,
+        out=out,
+        resume=resume,
+        evaluate=lambda model: {"bits_per_byte": bits_per_byte(model, text, "valid", context, limit=64)},
+        console=errors,
+    )
+    last = result.history[-1]
+    console.print(
+        f"loss {last['loss']:.3f} nats, {last.get('evaluation/bits_per_byte', float('nan')):.3f} bits per byte on the "
+        f"validation text; the model is in {out / 'model'}"
+    )
+
+
+@app.command()
+@answers_errors
+def generate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, ours or any causal language model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Go on from a prompt, and tell the speed.
+
+    Example: `subquad generate runs/notes/model --prompt "def main("`
+    """
+    import time
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    if not Path(model).is_dir():
+        raise ValueError(f"{model} is no folder; give the folder that holds config.json and the weights")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError("max_new_tokens must be at least 1 and temperature at least 0")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs.input_ids.shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one character")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    started = time.perf_counter()
+    output = lm.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    seconds = time.perf_counter() - started
+    added = output.shape[1] - inputs.input_ids.shape[1]
+    errors.print(f"{added} tokens in {seconds:.1f} s, {added / seconds:.1f} tokens/s")
+
+
+@catalog_app.command("list")
+@answers_errors
+def catalog_list(
+    built: Annotated[bool, typer.Option("--built", help="Only what is built.")] = False,
+    kind: Annotated[str | None, typer.Option(help="Only rows whose kind contains this word.")] = None,
+) -> None:
+    """List the systems.
+
+    Example: `subquad catalog list --built`
+    """
+    from subquad.catalog import ROWS
+
+    table = Table("No.", "Name", "Kind", "Public names", "State")
+    for row in ROWS:
+        if (built and row.state != "built") or (kind and kind not in row.kind):
+            continue
+        names = ", ".join(name for floor in row.names.values() for name in floor)
+        table.add_row("" if row.number is None else str(row.number), row.name, row.kind, names, row.state)
+    console.print(table)
+
+
+@catalog_app.command("show")
+@answers_errors
+def catalog_show(name: Annotated[str, typer.Argument(help="Number, slug or public name.")]) -> None:
+    """Show one system: its paper, public names, patterns, backends and state.
+
+    Example: `subquad catalog show gla`
+    """
+    from subquad.catalog import ROWS, row_of
+    from subquad.layers.registry import unknown_name
+
+    row = row_of(name)
+    if row is None:
+        public = [public for r in ROWS for floor in r.names.values() for public in floor]
+        raise unknown_name("system", name, {*[r.slug for r in ROWS], *public})
+    number = "" if row.number is None else f" (number {row.number})"
+    console.print(f"[bold]{row.name}[/]{number}: {_escape(row.title)}")
+    console.print(f"kind      {row.kind}\nstate     {row.state}")
+    for floor, names in row.names.items():
+        for public, entry in names.items():
+            console.print(f"{floor:<13} {public} = {entry.path}", highlight=False)
+    if row.patterns:
+        console.print(f"patterns  {', '.join(row.patterns)}\nbackends  {', '.join(row.backends)}")
+    if row.claim:
+        console.print(f"claim     subquad claims {row.number:02d}")
+
+
+@app.command()
+@answers_errors
+def doctor(
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Build every CPU kernel now, so that nothing compiles later.")
+    ] = False,
+) -> None:
+    """Say what works here: packages, backends, threads, BLAS, and every kernel against its definition.
+
+    Example: `subquad doctor --compile`
+    """
+    from subquad.bench import doctor as report
+
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    findings = report.environment()
+    for finding in findings:
+        console.print(f"[{colours[finding.state]}]{finding.state:>8}[/]  {finding.subject}: {_escape(finding.text)}")
+    if compile:
+        console.print("building and testing the CPU kernels (half a minute the first time):")
+    else:
+        console.print("testing the kernels:")
+    for finding, seconds in report.self_test():
+        findings.append(finding)
+        line = f"[{colours[finding.state]}]{finding.state:>8}[/]  {finding.subject}: {_escape(finding.text)}"
+        console.print(f"{line}, {seconds:.1f} s")
+    if any(finding.state == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The entry point of the ``subquad`` command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
