@@ -18,8 +18,8 @@ def multiply(transposed, m, n, k, alpha, a, b, accumulate, c):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    m=st.integers(1, 20), n=st.integers(1, 50), k=st.integers(0, 40), transposed=st.booleans(), accumulate=st.booleans(),
-    alpha=st.sampled_from([1.0, -1.0, 0.5]), spare=st.integers(0, 3), seed=st.integers(0, 9),
+    m=st.integers(1, 20), n=st.integers(1, 50), k=st.integers(0, 40), transposed=st.booleans(),
+    accumulate=st.booleans(), alpha=st.sampled_from([1.0, -1.0, 0.5]), spare=st.integers(0, 3), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_multiply_equals_numpy_and_touches_nothing_else(m, n, k, transposed, accumulate, alpha, spare, seed):
     random = np.random.default_rng(seed)
@@ -86,7 +86,7 @@ def test_triangular_solves_read_only_below_the_diagonal(rows, columns, transpose
 
 
 def test_repeated_keys_with_reflections_are_solved_exactly():
-    """I + L with 2 below the diagonal: its inverse alternates between 2 and -2, which whole numbers show without error."""
+    """The inverse of I + L with 2 everywhere below the diagonal alternates between 2 and -2, whole numbers."""
     rows = 32
     triangle = np.tril(np.full((rows, rows), 2, np.float32), -1)
     values = np.zeros((rows, 16), np.float32)

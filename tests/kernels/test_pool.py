@@ -1,10 +1,9 @@
-"""The pool of kernel threads: every item once, on as many threads as torch uses, and BLAS given back as it was found."""
+"""The pool of kernel threads: every item once, on as many threads as torch uses, and BLAS given back as found."""
 
 import threading
 
 import pytest
 import torch
-from threadpoolctl import threadpool_info
 
 from subquad.kernels import pool
 
@@ -53,24 +52,3 @@ def test_an_error_in_any_thread_reaches_the_caller_after_the_rest_has_run(three_
     assert set(range(12)) - set(seen) <= {5, *range(5, 12)}
     pool.run_over_items(lambda first, last: seen.append("again"), 1)
     assert seen[-1] == "again"
-
-
-def blas_threads():
-    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
-
-
-def test_kernels_that_call_blas_find_it_with_one_thread(three_threads):
-    seen = []
-    pool.run_over_items(lambda first, last: seen.append(set(blas_threads())), 6, uses_blas=True)
-    assert seen == [{1}] * 6
-
-
-def test_blas_has_one_thread_inside_also_when_nested_and_its_own_again_afterwards():
-    with pool.single_threaded_blas:
-        pass  # the libraries are loaded now
-    before = blas_threads()
-    with pool.single_threaded_blas:
-        with pool.single_threaded_blas:
-            assert set(blas_threads()) == {1}
-        assert set(blas_threads()) == {1}
-    assert blas_threads() == before

@@ -1,4 +1,7 @@
-"""The CPU kernels of the shared recurrence against its definition, a float64 loop over tokens differentiated by autograd."""
+"""The CPU kernels of the shared recurrence against its definition: a float64 loop over tokens, and autograd."""
+
+import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ def token_loop(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale):
     updates = k.shape[1] // time
     bounds = [0, time] if cu_seqlens is None else cu_seqlens.tolist()
     outputs, states = [], []
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         state = initial_state if cu_seqlens is None else initial_state[n : n + 1]
         for t in range(begin, end):
             if log_decay is not None:
@@ -83,7 +86,7 @@ class Problem:
         return [*values, self.cu_seqlens]
 
     def run(self, chunk_size=64):
-        """Output, final state and gradients of a random linear loss: by the kernels, by the definition, and their sizes."""
+        """Output, final state, gradients of a random linear loss: by the kernels, the definition, and their sizes."""
         batch, time, heads, _ = self.q.shape
         gate = self.log_decay
         if gate is not None and gate.dim() == 1:
@@ -110,7 +113,7 @@ class Problem:
 
 
 def assert_close(actual, definition, sizes, bound):
-    """Per tensor and head: max |a - b| <= bound max size. The head is axis 1 of states, the only axis of constant decays."""
+    """Per tensor and head: max |a - b| <= bound max size. The head is axis 1 of states, 0 of constant decays."""
     for index, (a, b, size) in enumerate(zip(actual, definition, sizes, strict=True)):
         assert a.shape == b.shape
         head = 0 if b.dim() == 1 else 1 if index in (1, len(definition) - 1) else 2
@@ -185,7 +188,7 @@ def test_long_sequences_equal_the_definition(decay, erase):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_identical_keys_and_reflections(decay):
-    """beta = 2 reflects: an error e in |k|^2, at most 2^-24 a term, grows by 1 + 2 e per token, so 64 tokens keep 1e-4."""
+    """beta = 2 reflects, so an error e in |k|^2 (some 2^-24) grows by 1 + 2 e at every token: 64 tokens keep 1e-4."""
 
     def reflect(problem):
         problem.k = problem.k[:, :1].expand_as(problem.k).contiguous()
@@ -287,9 +290,7 @@ def test_saved_tensors_have_the_shapes_announced_and_are_not_needed_for_the_resu
             o, final, *saved = cpu.forward(*arguments, 1.0, 64, True)
             bare_o, bare_final, *nothing = cpu.forward(*arguments, 1.0, 64, False)
             sequences = len(final)
-            shapes = cpu.saved_shapes(
-                problem.q.shape, problem.k.shape, 6, 3, kwargs["erase"], sequences, 64
-            )
+            shapes = cpu.saved_shapes(problem.q.shape, problem.k.shape, 6, 3, kwargs["erase"], sequences, 64)
             assert tuple(tuple(x.shape) for x in saved) == shapes
             assert [x.numel() for x in nothing] == [0, 0]
             assert torch.equal(o, bare_o)
@@ -337,7 +338,7 @@ class _InWorker(Dataset):
         return cpu.forward(*Problem("scalar", True, 40, heads=4).arguments(), 1.0, 64, False)[0]
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="workers fork on POSIX systems only")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers fork on POSIX systems only")
 def test_a_forked_data_loader_worker_gets_the_same_result():
     before = torch.get_num_threads()
     try:
@@ -363,14 +364,14 @@ def _changed(**changes):
         ({"k": lambda x: x[..., :5]}, "k is of shape"),
         ({"v": lambda x: x[:, :, :1]}, "v is of shape"),
         ({"log_decay": lambda x: x[:, :3]}, r"one of \(2,\), \(1, 20, 2\), \(1, 20, 2, 16\) is needed"),
-        ({"log_decay": lambda x: -x}, "log_decay <= 0"),
+        ({"log_decay": lambda x: -x}, "log_decay must be at most 0"),
         ({"beta": lambda x: x[..., :1]}, "beta is of shape"),
-        ({"beta": lambda x: x + 1.5}, r"beta in \[0, 2\]"),
-        ({"beta": lambda x: -x}, r"beta in \[0, 2\]"),
+        ({"beta": lambda x: x + 1.5}, r"beta must lie in \[0, 2\]"),
+        ({"beta": lambda x: -x}, r"beta must lie in \[0, 2\]"),
         ({"initial_state": lambda x: x[..., :3]}, r"initial_state is of shape \(1, 2, 16, 3\)"),
-        ({"cu_seqlens": lambda x: torch.tensor([0, 12, 10, 20])}, "it must rise from 0 to the number of tokens, 20"),
-        ({"cu_seqlens": lambda x: torch.tensor([0, 21])}, "it must rise from 0"),
-        ({"cu_seqlens": lambda x: torch.tensor([-1, 20])}, "it must rise from 0"),
+        ({"cu_seqlens": lambda x: torch.tensor([0, 12, 10, 20])}, "must rise from 0 to the number of tokens 20"),
+        ({"cu_seqlens": lambda x: torch.tensor([0, 21])}, "must rise from 0"),
+        ({"cu_seqlens": lambda x: torch.tensor([-1, 20])}, "must rise from 0"),
         ({"cu_seqlens": lambda x: torch.tensor([0.0, 20.0])}, "whole numbers"),
         ({"cu_seqlens": lambda x: torch.tensor([0, 5, 20])}, r"initial_state .* \(2, 2, 16, 16\) is needed"),
     ],
@@ -384,8 +385,8 @@ def test_other_bad_input_gets_a_sentence():
     q, k, v, log_decay, beta, state, _ = arguments = Problem("scalar", True, 300).arguments()
     with pytest.raises(ValueError, match="chunk_size is 0"):
         cpu.forward(*arguments, 1.0, 0, False)
+    two = [torch.cat([x, x]) for x in (q, k, v)]
     with pytest.raises(ValueError, match="packed sequences"):
-        two = [torch.cat([x, x]) for x in (q, k, v)]
         cpu.forward(*two, None, None, None, torch.tensor([0, 300]), 1.0, 64, False)
     with pytest.raises(ValueError, match="3 updates per token need it"):
         cpu.forward(q[:, :100], k, v, None, None, None, None, 1.0, 64, False)
@@ -397,8 +398,8 @@ def test_other_bad_input_gets_a_sentence():
         (0, lambda x: x[:, :1], "k, v is of shapes"),
         (1, lambda x: x[0], "q, k, v is of shapes"),
         (3, lambda x: x[:, :1], "log_decay is of shape"),
-        (3, lambda x: 1 - x, "log_decay <= 0"),
-        (4, lambda x: x + 2, r"beta in \[0, 2\]"),
+        (3, lambda x: 1 - x, "log_decay must be at most 0"),
+        (4, lambda x: x + 2, r"beta must lie in \[0, 2\]"),
         (4, lambda x: x[0], "beta is of shape"),
         (5, lambda x: x[..., 1:], "state is of shape"),
     ]:

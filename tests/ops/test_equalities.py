@@ -48,7 +48,9 @@ def test_cpu_equals_the_definition(name, shape, strength, seed):
     state = initial_state(shape, seed).float()
     actual = run_with_gradients(case, arguments, state, backend="cpu")
     expected = definition(case, arguments, state)
-    assert_equal(actual, expected, FLOAT32_BOUND, case, slope_terms(case, arguments, state))
+    # identical keys with beta 2: a reflection keeps every size, so the roundings of all steps add up
+    bound = FLOAT32_BOUND * (max(1.0, shape.time / 32) if strength == 0 else 1.0)
+    assert_equal(actual, expected, bound, case, slope_terms(case, arguments, state))
 
 
 @pytest.mark.parametrize("backend", ["chunked", "cpu"])

@@ -1,1 +1,1 @@
-"""How each core is computed: chunked (plain torch), cpu (numba), gpu (Triton). What is computed is said in :mod:`subquad.ops`."""
+"""How each core is computed: chunked (plain torch), cpu (numba), gpu (Triton); :mod:`subquad.ops` says what."""

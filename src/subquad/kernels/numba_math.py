@@ -1,9 +1,9 @@
 """Numerical building blocks of the numba kernels: small matrix products, transposes, an exponential, triangular solves.
 
-Everything is float32. The products are not BLAS calls: at the sizes of one chunk (32 x 64 x 64) a BLAS spends as much time
-on packing as on multiplying, and its speed hangs on which library was loaded and how it detected the machine. Here LLVM
-gets one register tile written in vector instructions and compiles it for the machine at hand. Importing this module imports
-numba, so only modules that hold numba kernels import it.
+Everything is float32. The products are not BLAS calls: at the sizes of one chunk (32 x 64 x 64) a BLAS spends as much
+time on packing as on multiplying, and its speed hangs on which library was loaded and how it detected the machine.
+Here LLVM gets one register tile written in vector instructions and compiles it for the machine at hand. Importing this
+module imports numba, so only modules that hold numba kernels import it.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-#: What the kernels may assume: sums may be reordered and fused, zeros are unsigned; NaN and infinity keep their meaning.
+#: What kernels may assume: sums can be reordered and fused, zeros are unsigned; NaN and infinity keep their meaning.
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
 #: Floats in one vector of the matrix products.
@@ -151,8 +151,9 @@ _tile_1x2, _tile_1x1 = _register_tile(1, 2), _register_tile(1, 1)
 
 @njit(fastmath=FASTMATH)
 def multiply(transposed, m, n, k, alpha, a, b, accumulate, c):
-    """``c = alpha a b``, added to c if ``accumulate``: the leading m x n part of c, a m x k (k x m if ``transposed``), b k x n.
+    """The leading m x n part of c becomes ``alpha a b``, or grows by it if ``accumulate``.
 
+    a is m x k, or k x m if ``transposed``; b is k x n.
     Two-dimensional arrays, rows contiguous. Columns beyond whole vectors are done one by one: where b and c
     have rows of ``padded`` length, pass ``whole(n)`` and leave the excess unread.
     """
@@ -269,7 +270,7 @@ def exp32(x):
 def _substitution_tile(rows: int, upward: bool):
     """An intrinsic that solves ``rows`` rows, ``PADDING`` columns: less the solved rows' share, then in registers.
 
-    ``a`` holds the factors of the k solved rows at ``b``; ``triangle`` the block on the diagonal, read below its diagonal.
+    ``a`` holds the factors of the k solved rows at ``b``; ``triangle`` the block on the diagonal, read below it.
     """
 
     @intrinsic
@@ -338,7 +339,11 @@ def solve_unit_lower_transposed(triangle, values, rows, columns):
             i = below - (TILE_ROWS if below >= TILE_ROWS else 1)
             at, place, solved = below * row + i, i * step + column, below * step + column
             if below >= TILE_ROWS:
-                _up_4(rows - below, triangle, at, 1, row, values, solved, step, triangle, i * row + i, row, values, place)
+                _up_4(
+                    rows - below, triangle, at, 1, row, values, solved, step, triangle, i * row + i, row, values, place
+                )
             else:
-                _up_1(rows - below, triangle, at, 1, row, values, solved, step, triangle, i * row + i, row, values, place)
+                _up_1(
+                    rows - below, triangle, at, 1, row, values, solved, step, triangle, i * row + i, row, values, place
+                )
             below = i

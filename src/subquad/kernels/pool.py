@@ -1,4 +1,4 @@
-"""One pool of threads that drives nogil kernels over a range of work items, with BLAS held to one thread meanwhile.
+"""One pool of threads that drives nogil kernels over a range of work items.
 
 numba's own ``parallel=True`` is not used: its OpenMP layer resets torch's thread count and dies in forked DataLoader
 workers. Here the number of threads is ``torch.get_num_threads()``, asked anew at each call, the calling thread takes
@@ -8,44 +8,13 @@ part, and a forked child starts with a pool of its own.
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import count
 
 import torch
-from threadpoolctl import ThreadpoolController
 
 #: Ranges handed out per thread: more than one evens out items of unequal length.
 RANGES_PER_THREAD = 4
-
-
-class _SingleThreadedBlas:
-    """Context in which every BLAS library of the process uses one thread; nested and concurrent use share one switch.
-
-    OpenBLAS called from several threads while it may start threads of its own stalls for seconds. The controller is
-    made once (10 us per use instead of 900), after scipy's BLAS, the one that numba calls, has been loaded.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._controller: ThreadpoolController | None = None
-        self._limit: object = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                if self._controller is None:
-                    import scipy.linalg.blas  # noqa: F401  (loads the library that is to be limited)
-
-                    self._controller = ThreadpoolController().select(user_api="blas")
-                self._limit = self._controller.limit(limits=1)
-            self._users += 1
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._limit.restore_original_limits()  # type: ignore[attr-defined]
 
 
 class _Pool:
@@ -65,13 +34,15 @@ class _Pool:
             return [self._executor.submit(work) for _ in range(copies)]
 
 
+_pool = _Pool()
+
+
 def _start_afresh() -> None:
-    global _pool, single_threaded_blas
+    """In a forked child: the parent's threads are gone, and its locks may be held by them."""
+    global _pool
     _pool = _Pool()
-    single_threaded_blas = _SingleThreadedBlas()
 
 
-_start_afresh()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_afresh)
 
@@ -80,26 +51,25 @@ def run_over_items(kernel: Callable[[int, int], object], items: int) -> None:
     """Call ``kernel(first, last)`` for ranges that together cover ``range(items)``, on as many threads as torch uses.
 
     ``kernel`` must release the GIL to gain from it, and must write to places that belong to its items alone. An
-    exception in any range is raised here after all ranges have ended.
+    exception in any range is raised here after all
+    threads have ended.
     """
     threads = min(torch.get_num_threads(), items)
-    with single_threaded_blas:
-        if threads <= 1:
-            kernel(0, items)
-            return
-        ranges = min(items, threads * RANGES_PER_THREAD)
-        bounds = [items * i // ranges for i in range(ranges + 1)]
-        ticket = count()
+    if threads <= 1:
+        kernel(0, items)
+        return
+    ranges = min(items, threads * RANGES_PER_THREAD)
+    bounds = [items * i // ranges for i in range(ranges + 1)]
+    ticket = count()
 
-        def work() -> None:
-            while (i := next(ticket)) < ranges:
-                kernel(bounds[i], bounds[i + 1])
+    def work() -> None:
+        while (i := next(ticket)) < ranges:
+            kernel(bounds[i], bounds[i + 1])
 
-        futures = _pool.submit(torch.get_num_threads(), work, threads - 1)
-        try:
-            work()
-        finally:
-            for future in futures:
-                future.exception()
-        for future in futures:
-            future.result()
+    futures = _pool.submit(torch.get_num_threads(), work, threads - 1)
+    try:
+        work()
+    finally:
+        wait(futures)
+    for future in futures:
+        future.result()

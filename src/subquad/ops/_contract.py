@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -109,12 +108,3 @@ def number_of_states(q: Tensor, cu_seqlens: Tensor | None) -> int:
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """float32 for everything below it, float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def check_offsets(cu_seqlens: Tensor, length: int) -> list[int]:
-    """The offsets as integers, in order, from 0 to ``length``. Reads values."""
-    offsets: list[int] = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != length or any(a > b for a, b in pairwise(offsets)):
-        shown = ", ".join(map(str, offsets[:8])) + (", ..." if len(offsets) > 8 else "")
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {length}; got [{shown}]")
-    return offsets

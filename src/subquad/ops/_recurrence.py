@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels import backends
-from subquad.kernels.recurrence import dispatch
+from subquad.kernels.recurrence import checks, dispatch
 from subquad.ops import _contract as contract
 
 Reference = Callable[..., tuple[Tensor, Tensor]]
@@ -60,9 +60,9 @@ def run_recurrence(
         None if x is None else x.to(accumulate) for x in (initial_state, log_decay, beta, value_log_decay)
     )
     if chosen in ("reference", "chunked") and not torch.compiler.is_compiling() and _values_may_be_read(q):
-        check_gate_values(log_decay, beta, value_log_decay)
+        checks.check_gates(log_decay, beta, value_log_decay)
         if cu_seqlens is not None:
-            contract.check_offsets(cu_seqlens, q.shape[1])
+            checks.check_offsets(cu_seqlens, q.shape[1])
     if chosen == "reference":
         operands = [x.to(accumulate) for x in (q, k, v)]
         gates = {name: None if x is None else x.to(accumulate) for name, x in gates.items()}
@@ -85,18 +85,6 @@ def run_recurrence(
             value_log_decay=value_log_decay,
         )
     return output, state if return_state else None
-
-
-def check_gate_values(log_decay: Tensor | None, beta: Tensor | None, value_log_decay: Tensor | None) -> None:
-    """Ranges of the gates. NaN passes: it stays in its row."""
-    for name, gate in (("log_decay", log_decay), ("value_log_decay", value_log_decay)):
-        if gate is not None and bool((gate > 0).any()):
-            raise ValueError(f"{name} must be at most 0 (a decay of at most 1); its largest value is {gate.max():.4g}")
-    if beta is not None and bool(((beta < 0) | (beta > 2)).any()):
-        raise ValueError(
-            "beta must lie in [0, 2] (above 1: negative eigenvalues, Grazzi et al. 2025); "
-            f"it ranges over [{beta.min():.4g}, {beta.max():.4g}]"
-        )
 
 
 def _values_may_be_read(q: Tensor) -> bool:

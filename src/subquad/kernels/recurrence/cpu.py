@@ -4,23 +4,22 @@ With S (K, V) per head, d_t = v_t (no erase) or v_t - (diag(e^g) S)^T k_t (delta
 
     S_t = diag(e^{g_t}) S_{t-1} + w_t d_t^T        o_t = scale S_t^T q_t
 
-Chunk form of Yang et al. 2024 (gated linear attention; delta rule over sequence length). How chunks are cut and scaled is
-told in ``cpu_chunks``. One work item is one head of one sequence, or a slice of its value columns, which are independent.
+Chunk form of Yang et al. 2024 (gated linear attention; delta rule over sequence length); ``cpu_chunks`` tells how it is
+cut and scaled. One work item is one head of one sequence, or a slice of its value columns, which are independent.
 """
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
-from .. import pool
-from ..numba_math import FASTMATH, multiply, padded, solve_unit_lower, transpose, whole
-from .cpu_backward import backward
-from .cpu_chunks import (
+from subquad.kernels import pool
+from subquad.kernels.numba_math import FASTMATH, multiply, padded, solve_unit_lower, transpose, whole
+from subquad.kernels.recurrence.checks import check_gates
+from subquad.kernels.recurrence.cpu_backward import backward
+from subquad.kernels.recurrence.cpu_chunks import (
     NO_DECAY,
     apply_lower,
     begin_chunk,
-    check_values,
     describe,
     load_read_rows,
     load_rows,
@@ -33,9 +32,10 @@ from .cpu_chunks import (
     scale_state,
     store_rows,
     store_state,
+    uninitialised,
     value_slices,
 )
-from .cpu_step import step
+from subquad.kernels.recurrence.cpu_step import step
 
 __all__ = ["backward", "forward", "saved_shapes", "step"]
 
@@ -88,21 +88,21 @@ def forward(
         ``o (B, T, H, V)`` in v's dtype, the final state ``(N, H, K, V)`` float32, ``saved`` and ``saved_updates``.
 
     Raises:
-        ValueError: shapes that do not fit, ``cu_seqlens`` that does not rise from 0 to T, log_decay above 0, beta outside
-            [0, 2]. NaN is not refused: it stays in its head of its sequence.
+        ValueError: shapes that do not fit, ``cu_seqlens`` that does not rise from 0 to T, log_decay above 0, beta
+            outside [0, 2]. NaN is not refused: it stays in its head of its sequence.
     """
     form = describe(q, k, v, cu_seqlens, chunk_size)
     arrays = prepare(q, k, v, log_decay, beta, initial_state, form)
-    check_values(log_decay, beta)
+    check_gates(log_decay, beta)
     batch, time, heads, width = q.shape
-    out = torch.empty((batch, time, heads, form.value_width))
-    final_state = torch.empty((form.sequences, heads, width, form.value_width))
-    saved = saved_updates = torch.empty(0)
+    out = uninitialised(batch, time, heads, form.value_width)
+    final_state = uninitialised(form.sequences, heads, width, form.value_width)
+    saved, saved_updates = uninitialised(0), uninitialised(0)
     if save:
         shapes = saved_shapes(
             tuple(q.shape), tuple(k.shape), form.value_width, 0, beta is not None, form.sequences, chunk_size
         )
-        saved, saved_updates = (torch.empty(shape) for shape in shapes)
+        saved, saved_updates = (uninitialised(*shape) for shape in shapes)
         saved[form.group_starts[-1] :].zero_()
     slices = value_slices(form)
 
@@ -121,7 +121,7 @@ def forward(
             form.chunk_tokens,
             form.group_tokens,
             slices,
-            scale,
+            float(scale),
         )
 
     pool.run_over_items(work, form.sequences * heads * slices)
@@ -185,7 +185,16 @@ def _forward_items(
                 place = group_starts[sequence] + group - 1
                 store_state(state, width, columns, saved, place, head, left)
             length = begin_chunk(
-                log_decay, kind, head, token, min(chunk_tokens, group_end - token), width, sums, scales, incoming, outgoing
+                log_decay,
+                kind,
+                head,
+                token,
+                min(chunk_tokens, group_end - token),
+                width,
+                sums,
+                scales,
+                incoming,
+                outgoing,
             )
             rows, row = length * per_token, token * per_token
             erased = rows if erase else 0

@@ -1,23 +1,22 @@
 """Backward pass of the shared recurrence on a CPU: groups of chunks in reverse, states inside a group recomputed.
 
-With R the gradient of the state after a chunk (names and scaled rows as in ``cpu_chunks``; G = dO, S the incoming state)::
+R is the gradient of the state after a chunk, G that of the outputs, S the incoming state; else as in ``cpu_chunks``::
 
     Y = (I + L)^-T (A^T G + write R)       dv = Y         d scores = [-Y; G] D^T, masked
     d read = [-Y; G] S^T + d scores write  d write = D R^T + d scores^T read      R <- R + read^T [-Y; G]
 
-The gradient of log decay t in a channel is the inner product over V of the state before the chunk with its gradient, less
-the sum of read d read - write d write over the chunk's tokens before t. Pairs of rows of the same token cancel in that
-sum; they are left out of it, so that a strong decay's tiny gradient is not lost in the rounding of its own token.
+The gradient of log decay t in a channel is the inner product over V of the state before the chunk with its gradient,
+less the sum of read d read - write d write over the chunk's tokens before t. Pairs of rows of the same token cancel in
+that sum; they are left out of it, so that a strong decay's tiny gradient is not lost in the rounding of its own token.
 """
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
-from .. import pool
-from ..numba_math import FASTMATH, multiply, padded, solve_unit_lower_transposed, transpose, whole
-from .cpu_chunks import (
+from subquad.kernels import pool
+from subquad.kernels.numba_math import FASTMATH, multiply, padded, solve_unit_lower_transposed, transpose, whole
+from subquad.kernels.recurrence.cpu_chunks import (
     CONSTANT,
     MIN_LOG_DECAY,
     NO_DECAY,
@@ -37,6 +36,7 @@ from .cpu_chunks import (
     scale_state,
     store_rows,
     store_state,
+    uninitialised,
     value_slices,
 )
 
@@ -65,22 +65,22 @@ def backward(
     arrays = prepare(q, k, v, log_decay, beta, initial_state, form)
     tokens, heads, width, columns = form.tokens, form.heads, form.key_width, form.value_width
     rows, slices = tokens * form.updates, value_slices(form)
-    grad_out = float32_array(grad_o, tokens, heads, columns)
-    grad_final = float32_array(grad_final_state, form.sequences, heads, width, columns)
-    states = float32_array(saved, saved.numel() // (heads * width * columns), heads, width, columns)
-    updates = float32_array(saved_updates, saved_updates.numel() // (heads * columns), heads, columns)
+    grad_out = float32_array(grad_o).reshape(tokens, heads, columns)
+    grad_final = float32_array(grad_final_state).reshape(form.sequences, heads, width, columns)
+    states = float32_array(saved).reshape(-1, heads, width, columns)
+    updates = float32_array(saved_updates).reshape(-1, heads, columns)
     if len(states) < form.group_starts[-1] or (beta is not None and len(updates) != rows):
         raise ValueError(
-            f"saved has {len(states)} states and {len(updates)} updates, but these inputs need {form.group_starts[-1]} and "
-            f"{0 if beta is None else rows}: pass what forward(..., save=True) returned for them"
+            f"saved has {len(states)} states and {len(updates)} updates, but these inputs need {form.group_starts[-1]} "
+            f"and {0 if beta is None else rows}: pass what forward(..., save=True) returned for them"
         )
     gates = arrays.log_decay.shape if arrays.decay_kind != CONSTANT else (form.sequences, heads, 1)
-    grad_q = torch.empty((slices, tokens, heads, width))
-    grad_k = torch.empty((slices, rows, heads, width))
-    grad_v = torch.empty((rows, heads, columns))
-    grad_decay = torch.empty((slices, *gates))
-    grad_beta = torch.empty((slices, *arrays.beta.shape))
-    grad_initial = torch.empty((form.sequences, heads, width, columns))
+    grad_q = uninitialised(slices, tokens, heads, width)
+    grad_k = uninitialised(slices, rows, heads, width)
+    grad_v = uninitialised(rows, heads, columns)
+    grad_decay = uninitialised(slices, *gates)
+    grad_beta = uninitialised(slices, *arrays.beta.shape)
+    grad_initial = uninitialised(form.sequences, heads, width, columns)
 
     def work(first: int, last: int) -> None:
         _backward_items(
@@ -103,7 +103,7 @@ def backward(
             form.chunk_tokens,
             form.group_tokens,
             slices,
-            scale,
+            float(scale),
         )
 
     pool.run_over_items(work, form.sequences * heads * slices)
@@ -211,8 +211,8 @@ def _backward_items(
                     states = larger
                 offset = token - group_begin
                 length = begin_chunk(
-                    log_decay, kind, head, token, min(chunk_tokens, group_end - token), width, sums, group_scales[offset:],
-                    incoming[chunks], outgoing[chunks],
+                    log_decay, kind, head, token, min(chunk_tokens, group_end - token), width, sums,
+                    group_scales[offset:], incoming[chunks], outgoing[chunks],
                 )  # fmt: skip
                 rows, row = length * per_token, token * per_token
                 writes = group_writes[offset * per_token :]
@@ -255,7 +255,9 @@ def _backward_items(
                 lower_product(erased, length, per_token, rows, width, reads, writes_transposed, scores)
                 mask_scores(scores, erased, length, rows, per_token)
                 multiply(False, rows, whole(columns), width, one, writes, grad_state, False, grad_values)
-                apply_lower_transposed(erased, length, per_token, rows, whole(columns), scores, grad_products, grad_values)
+                apply_lower_transposed(
+                    erased, length, per_token, rows, whole(columns), scores, grad_products, grad_values
+                )
                 if erase:
                     solve_unit_lower_transposed(scores, grad_values, rows, whole(columns))
                     for i in range(rows):
@@ -272,7 +274,15 @@ def _backward_items(
                     _take_own_scores(grad_scores, erased, length, per_token, own_scores)
                 transpose(before, whole(width), whole(columns), state_transposed)
                 multiply(
-                    False, erased + length, whole(width), columns, one, grad_products, state_transposed, False, grad_reads
+                    False,
+                    erased + length,
+                    whole(width),
+                    columns,
+                    one,
+                    grad_products,
+                    state_transposed,
+                    False,
+                    grad_reads,
                 )
                 if erase:
                     apply_lower(0, rows, 1, rows, whole(width), grad_scores, writes, grad_reads)
@@ -294,7 +304,9 @@ def _backward_items(
                         kind, log_decay, token, length, head, width, per_token, erased, decay_sums, reads, grad_reads,
                         writes, grad_writes, grad_decay[piece],
                     )  # fmt: skip
-                    _add_own_scores(own_scores, erased, length, per_token, width, reads, writes, grad_reads, grad_writes)
+                    _add_own_scores(
+                        own_scores, erased, length, per_token, width, reads, writes, grad_reads, grad_writes
+                    )
                     scale_state(grad_state, incoming[chunk], width, columns)
                 _store_rows(grad_reads[erased:], length, width, factor, kind, scales, token, head, grad_q[piece])
                 _store_grad_k(
@@ -333,7 +345,20 @@ def _add_own_scores(own, erased, length, per_token, width, reads, writes, grad_r
 
 @njit(fastmath=FASTMATH)
 def _store_grad_decay(
-    kind, log_decay, token, length, head, width, per_token, erased, sums, reads, grad_reads, writes, grad_writes, grad_decay
+    kind,
+    log_decay,
+    token,
+    length,
+    head,
+    width,
+    per_token,
+    erased,
+    sums,
+    reads,
+    grad_reads,
+    writes,
+    grad_writes,
+    grad_decay,
 ):
     """Write the log decays' gradients of a chunk; for a constant decay return their sum instead.
 

@@ -1,15 +1,16 @@
 """How the CPU kernels see a recurrence and cut it into chunks; shared by the forward and the backward pass.
 
-Everything is packed: a batch is a packed run whose sequences happen to be equally long. A chunk is a run of tokens of one
-sequence inside which products of scaled rows stay within float32. With G the log decay summed inside the chunk, from its
-second token on, and m = G_last / 2, every kind of decay becomes a plain product of rows scaled by E = e^(G - m)::
+Everything is packed: a batch is a packed run whose sequences happen to be equally long. A chunk is a run of tokens of
+one sequence inside which products of scaled rows stay within float32. With G the log decay summed inside the chunk,
+from its second token on, and m = G_last / 2, every kind of decay becomes a plain product of rows scaled by e^(G - m)::
 
     read rows (k E, scale q E)    write rows (beta k / E)    scores = lower triangle of read write^T
     incoming state e^(g_first + m) S    outgoing state e^m (incoming + write^T D)
 
-The first token's own decay meets only the incoming state, so a hard reset costs one chunk boundary. A chunk ends before
-|G| passes ``MAX_RANGE`` in any channel: Yang et al. 2024 ("Gated Linear Attention", section 4) with the chunk, not the tile, made
-shorter. States are kept every ``GROUP_CHUNKS`` full chunks and recomputed in between by the backward pass.
+where E = e^(G - m). The first token's own decay meets only the incoming state: a hard reset costs one chunk boundary.
+A chunk ends before |G| passes ``MAX_RANGE`` in any channel: the chunk form of Yang et al. 2024 ("Gated Linear
+Attention", section 4) with shorter chunks in place of a second level of tiles. States are kept every ``GROUP_CHUNKS``
+full chunks and recomputed in between by the backward pass.
 """
 
 from typing import NamedTuple, NoReturn
@@ -19,15 +20,16 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..numba_math import FASTMATH, PADDING, TILE_ROWS, exp32, multiply, whole
+from subquad.kernels.numba_math import FASTMATH, PADDING, TILE_ROWS, exp32, multiply, whole
+from subquad.kernels.recurrence.checks import check_offsets
 
 #: Rows of updates in a full chunk. 16 to 64 cost about the same; 32 was the best on every machine measured.
 CHUNK_ROWS = 32
 #: A saved state per this many full chunks: an eighth of the memory of one per chunk, at the same kernel time.
 GROUP_CHUNKS = 8
 #: Largest range of the summed log decay in a chunk. Products stay inside float32 up to 60; at 40 the factor of the
-#: incoming state, e^(g + m) with g and 2 m both at the limit, is above float32's smallest too, so that the tiny gradients of
-#: strong decays keep their digits.
+#: incoming state, e^(g + m) with g and 2 m both at the limit, is above float32's smallest too, so that the tiny
+#: gradients of strong decays keep their digits.
 MAX_RANGE = np.float32(40)
 #: Log decays below this are taken as this: e^-100 is a hard reset and 0 in float32 (-inf would give inf - inf).
 MIN_LOG_DECAY = np.float32(-100)
@@ -83,11 +85,26 @@ def value_slices(form: Layout) -> int:
     return max(1, min(torch.get_num_threads() // items, form.value_width // MIN_SLICE))
 
 
-def float32_array(tensor: Tensor | None, *shape: int) -> np.ndarray:
-    """A contiguous float32 array of ``shape`` that shares memory where it can; an empty one for None."""
-    if tensor is None:
-        return np.empty((0,) * len(shape), np.float32)
-    return tensor.detach().to(torch.float32).contiguous().numpy().reshape(shape)
+def float32_array(tensor: Tensor) -> np.ndarray:
+    """A contiguous float32 array that shares the tensor's memory where it can."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype != torch.float32:
+        tensor = tensor.to(torch.float32)
+    return tensor.contiguous().numpy()
+
+
+def uninitialised(*shape: int) -> Tensor:
+    """A float32 tensor in memory that numpy asks for: large arrays come in huge pages, which torch's do not.
+
+    Touching fresh small pages costs a fifth of a long forward pass: 85 ms against 18 for 134 MB.
+    """
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def empty(dimensions: int) -> np.ndarray:
+    """What the kernels get for an argument that is absent: they test its length."""
+    return np.empty((0,) * dimensions, np.float32)
 
 
 def refuse(name: str, came: object, needed: str) -> NoReturn:
@@ -98,11 +115,15 @@ def refuse(name: str, came: object, needed: str) -> NoReturn:
 def describe(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Layout:
     """Check the shapes that the kernels index by (they have no bounds checks) and describe them."""
     if q.dim() != 4 or 0 in q.shape:
-        refuse("q", f"of shape {tuple(q.shape)}", "(batch, time, heads, key width) without an empty dimension is needed")
+        refuse(
+            "q", f"of shape {tuple(q.shape)}", "(batch, time, heads, key width) without an empty dimension is needed"
+        )
     batch, time, heads, key_width = q.shape
     updates = k.shape[1] // time if k.dim() == 4 else 0
     if updates < 1 or k.shape != (batch, time * updates, heads, key_width):
-        refuse("k", f"of shape {tuple(k.shape)}", f"({batch}, {time} x updates, {heads}, {key_width}) is needed for this q")
+        refuse(
+            "k", f"of shape {tuple(k.shape)}", f"({batch}, {time} x updates, {heads}, {key_width}) is needed for this q"
+        )
     if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0:
         refuse("v", f"of shape {tuple(v.shape)}", f"{tuple(k.shape[:3])} and a value width of at least 1 are needed")
     if chunk_size < 1:
@@ -136,10 +157,7 @@ def _sequence_starts(batch: int, time: int, cu_seqlens: Tensor | None) -> np.nda
             f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}",
             "whole numbers (int32 or int64) of shape (sequences + 1,) are needed",
         )
-    starts = np.ascontiguousarray(cu_seqlens.numpy(), dtype=np.int64)
-    if starts[0] != 0 or starts[-1] != time or (np.diff(starts) < 0).any():
-        refuse("cu_seqlens", starts.tolist(), f"it must rise from 0 to the number of tokens, {time}")
-    return starts
+    return np.array(check_offsets(cu_seqlens, time), dtype=np.int64)
 
 
 def prepare(
@@ -170,23 +188,14 @@ def prepare(
         refuse("initial_state", f"of shape {tuple(initial_state.shape)}", f"{state_shape} is needed")
     rows = form.tokens * form.updates
     return Inputs(
-        q=float32_array(q, form.tokens, heads, key_width),
-        k=float32_array(k, rows, heads, key_width),
-        v=float32_array(v, rows, heads, form.value_width),
-        log_decay=float32_array(log_decay, *gates),
-        beta=float32_array(beta, rows, heads),
-        initial_state=float32_array(initial_state, *state_shape),
+        q=float32_array(q).reshape(form.tokens, heads, key_width),
+        k=float32_array(k).reshape(rows, heads, key_width),
+        v=float32_array(v).reshape(rows, heads, form.value_width),
+        log_decay=empty(3) if log_decay is None else float32_array(log_decay).reshape(gates),
+        beta=empty(2) if beta is None else float32_array(beta).reshape(rows, heads),
+        initial_state=empty(4) if initial_state is None else float32_array(initial_state),
         decay_kind=kind,
     )
-
-
-def check_values(log_decay: Tensor | None, beta: Tensor | None) -> None:
-    """Refuse gates outside the recurrence's range; NaN passes and stays in its row."""
-    if log_decay is not None and not log_decay.max() <= 0 and (log_decay > 0).any():
-        refuse("log_decay", f"up to {log_decay.nan_to_num(0.0).max():.6g}", "a decay e^log_decay must be at most 1: log_decay <= 0")
-    if beta is not None and ((beta < 0) | (beta > 2)).any():
-        low, high = beta.nan_to_num(0.0).aminmax()
-        refuse("beta", f"between {low:.6g} and {high:.6g}", "the delta rule needs beta in [0, 2]: beyond it the state explodes")
 
 
 # --- inside the kernels ---------------------------------------------------------------------------------------------
@@ -202,15 +211,16 @@ def begin_chunk(log_decay, kind, head, token, limit, width, sums, scales, incomi
     if kind == NO_DECAY:
         return limit
     first = np.int64(0) if kind == CONSTANT else token
-    stride = np.int64(0) if kind == CONSTANT else np.int64(1)
     columns = width if kind == VECTOR else np.int64(1)
     for d in range(columns):
         sums[0, d] = np.float32(0)
     length = limit
     for i in range(1, limit):
-        row = first + i * stride
-        for d in range(columns):
-            sums[i, d] = sums[i - 1, d] + max_with_nan(log_decay[row, head, d], MIN_LOG_DECAY)
+        if kind == CONSTANT:  # one rounding, not i: an error that repeats in every chunk would add up
+            sums[i, 0] = np.float32(i) * max_with_nan(log_decay[0, head, 0], MIN_LOG_DECAY)
+        else:
+            for d in range(columns):
+                sums[i, d] = sums[i - 1, d] + max_with_nan(log_decay[token + i, head, d], MIN_LOG_DECAY)
         if i % 8 == 7 or i == limit - 1:  # sums only fall: look back only after a block that left the range
             length = i + 1
             while length > 1 and leaves_range(sums, length - 1, columns):
@@ -320,8 +330,8 @@ def scale_state(state, factors, rows, columns):
             state[a, c] *= factor
 
 
-# Scores are lower triangles: of rows ``first`` to ``first + count`` row i has entries for (i + 1) * per_row updates at most
-# (per_row is 1 for erase rows, the updates per token for read rows). Blocks of rows leave out most of the empty half.
+# Scores are lower triangles: of rows ``first`` to ``first + count`` row i has entries for (i + 1) * per_row updates at
+# most (per_row is 1 for erase rows, the updates per token for read rows). Blocks of rows leave out most of the rest.
 
 
 @njit(fastmath=FASTMATH)

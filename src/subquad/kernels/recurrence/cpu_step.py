@@ -8,8 +8,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..numba_math import FASTMATH, exp32
-from .cpu_chunks import MIN_LOG_DECAY, check_values, float32_array, max_with_nan, refuse
+from subquad.kernels.numba_math import FASTMATH, exp32
+from subquad.kernels.recurrence.checks import check_gates
+from subquad.kernels.recurrence.cpu_chunks import MIN_LOG_DECAY, empty, float32_array, max_with_nan, refuse
 
 
 def step(
@@ -25,7 +26,7 @@ def step(
 
     Args:
         q: ``(B, H, K)``; k ``(B, n, H, K)``, v ``(B, n, H, V)``: the token's n updates, read after the last.
-        log_decay: None, ``(H,)``, ``(B, H)`` or ``(B, H, K)`` float32, at most 0; applied once, before the first update.
+        log_decay: None, ``(H,)``, ``(B, H)`` or ``(B, H, K)`` float32, at most 0; applied once, before all updates.
         beta: ``(B, n, H)`` float32 in [0, 2] for the delta rule; None writes without erasing.
         state: ``(B, H, K, V)`` float32, not changed.
 
@@ -40,36 +41,44 @@ def step(
                "(batch, heads, K), (batch, updates, heads, K) and (batch, updates, heads, V) are needed")  # fmt: skip
     batch, heads, width = q.shape
     updates, columns = v.shape[1], v.shape[3]
-    if k.shape != (batch, updates, heads, width) or v.shape[0] != batch or v.shape[2] != heads or updates < 1:
+    if k.shape != (batch, updates, heads, width) or v.shape != (batch, updates, heads, columns) or updates < 1:
         refuse("k, v", f"of shapes {tuple(k.shape)}, {tuple(v.shape)}", f"they must fit q of shape {tuple(q.shape)}")
     if state.shape != (batch, heads, width, columns):
         refuse("state", f"of shape {tuple(state.shape)}", f"{(batch, heads, width, columns)} is needed")
-    if beta is None and updates > 1:
-        refuse("beta", None, f"{updates} updates per token need it")
-    if beta is not None and beta.shape != (batch, updates, heads):
+    if beta is None:
+        if updates > 1:
+            refuse("beta", None, f"{updates} updates per token need it")
+    elif beta.shape != (batch, updates, heads):
         refuse("beta", f"of shape {tuple(beta.shape)}", f"{(batch, updates, heads)} is needed")
-    gates = (0, 0, 0)
-    if log_decay is not None:
-        forms = {(heads,): (1, heads, 1), (batch, heads): (batch, heads, 1), (batch, heads, width): q.shape}
-        if log_decay.shape not in forms:
-            refuse("log_decay", f"of shape {tuple(log_decay.shape)}", f"one of {', '.join(map(str, forms))} is needed")
-        gates = forms[log_decay.shape]
     out = torch.empty((batch, heads, columns))
     after = torch.empty((batch, heads, width, columns))
     outside = _step(
-        float32_array(q, *q.shape),
-        float32_array(k, *k.shape),
-        float32_array(v, *v.shape),
-        float32_array(log_decay, *gates),
-        float32_array(beta, batch, updates, heads),
-        float32_array(state, *after.shape),
+        float32_array(q),
+        float32_array(k),
+        float32_array(v),
+        _NONE if log_decay is None else _gates(log_decay, batch, heads, width),
+        _NONE if beta is None else float32_array(beta),
+        float32_array(state),
         out.numpy(),
         after.numpy(),
-        scale,
+        float(scale),
     )
     if outside:
-        check_values(log_decay, beta)
-    return out.to(v.dtype), after
+        check_gates(log_decay, beta)
+    return out if v.dtype == torch.float32 else out.to(v.dtype), after
+
+
+_NONE = empty(3)
+
+
+def _gates(log_decay: Tensor, batch: int, heads: int, width: int) -> np.ndarray:
+    """``(B or 1, H, K or 1)``."""
+    if log_decay.shape == (batch, heads, width):
+        return float32_array(log_decay)
+    if log_decay.shape == (batch, heads) or log_decay.shape == (heads,):
+        return float32_array(log_decay).reshape(-1, heads, 1)
+    forms = f"({heads},), ({batch}, {heads}) or ({batch}, {heads}, {width})"
+    return refuse("log_decay", f"of shape {tuple(log_decay.shape)}", f"{forms} is needed")
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")

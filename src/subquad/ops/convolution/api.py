@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.kernels import backends
+from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
 from subquad.ops.convolution.reference import short_convolution_reference
 
@@ -141,7 +142,7 @@ def _reference(
     kernel = weight.to(accumulate)
     shift = None if bias is None else bias.to(accumulate)
     if cu_seqlens is not None:
-        ends = contract.check_offsets(cu_seqlens, x.shape[1])
+        ends = check_offsets(cu_seqlens, x.shape[1])
         pieces = [(x[:, a:b], initial_state[n : n + 1]) for n, (a, b) in enumerate(pairwise(ends))]
     elif lengths is not None:
         pieces = [(x[b : b + 1], initial_state[b : b + 1]) for b in range(x.shape[0])]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels import backends, packing
+from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
 from subquad.ops._recurrence import Reference, run_recurrence
 from subquad.ops.linear.reference import full_linear_attention_reference, linear_attention_reference
@@ -168,7 +169,7 @@ def _run_full(
         output, state = form(*operands, scale=scale, initial_state=initial_state)
     else:
         output, state = torch.zeros_like(operands[2]), initial_state
-        for group in packing.by_length(contract.check_offsets(cu_seqlens, q.shape[1]), q.device):
+        for group in packing.by_length(check_offsets(cu_seqlens, q.shape[1]), q.device):
             pieces = (packing.take(x, group) for x in operands)
             o, last = form(*pieces, scale=scale, initial_state=initial_state[group.sequences])
             tokens = group.tokens[group.real]

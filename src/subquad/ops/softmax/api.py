@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.kernels import backends, packing
+from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
 from subquad.ops.softmax.reference import softmax_attention_reference
 
@@ -315,7 +316,7 @@ def _packed(
 ) -> tuple[Tensor, SoftmaxState, Tensor]:
     output = v.new_zeros(*q.shape[:3], v.shape[3])
     log_sum_exp = torch.zeros(q.shape[:3], dtype=contract.accumulation_dtype(q), device=q.device)
-    offsets = contract.check_offsets(cu_seqlens, q.shape[1])
+    offsets = check_offsets(cu_seqlens, q.shape[1])
     rows: dict[int, SoftmaxState] = {}
     for group in packing.by_length(offsets, q.device):
         own_state = None if state is None else SoftmaxState(*(x[group.sequences] for x in state))
