@@ -51,11 +51,10 @@ def gla(
     if log_decay is None and value_log_decay is None:
         raise ValueError("gla needs log_decay, value_log_decay or both; without decay use linear_attention")
     if log_decay is not None:
-        hint = "; one gate per head belongs to simple_gla" if log_decay.shape == q.shape[:3] else ""
-        if hint:
+        if getattr(log_decay, "shape", None) == q.shape[:3]:
             raise ValueError(
                 f"log_decay must be (batch, time, heads, key width) = {tuple(q.shape)}; "
-                f"it has shape {tuple(log_decay.shape)}{hint}"
+                f"it has shape {tuple(q.shape[:3])}; one gate per head belongs to simple_gla"
             )
         contract.check_argument("log_decay", log_decay, q, q.shape, "(batch, time, heads, key width)")
     if value_log_decay is not None:
@@ -104,11 +103,10 @@ def simple_gla(
         [1.0, 1.5, 1.75]
     """
     contract.check_qkv(q, k, v)
-    hint = "; a gate per channel belongs to gla" if getattr(log_decay, "ndim", 0) == 4 else ""
-    if hint:
+    if getattr(log_decay, "ndim", 0) == 4:
         raise ValueError(
-            f"log_decay must be (batch, time, heads) = {tuple(q.shape[:3])}; "
-            f"it has shape {tuple(log_decay.shape)}{hint}"
+            f"log_decay must be (batch, time, heads) = {tuple(q.shape[:3])}; it has shape {tuple(log_decay.shape)}; "
+            "a gate per channel belongs to gla"
         )
     contract.check_argument("log_decay", log_decay, q, q.shape[:3], "(batch, time, heads)")
     return run_recurrence(
