@@ -1,9 +1,14 @@
 """The recurrence on a GPU by Triton: S_t = diag(e^g) S - erase + w d^T, o = scale S^T q, forward, step and backward.
 
-Chunked form of Yang et al. 2024 ("Gated Linear Attention Transformers", section 4, and "Parallelizing Linear Transformers with
-the Delta Rule over Sequence Length", section 3), with no decay, one per head, per token, or per channel, with or without the
-delta rule's erase, and any number of updates per token. Kernels and their launches: :mod:`.gpu_forward`,
-:mod:`.gpu_backward`. Tile sizes and warps come from small static tables, compiled for an H100 but not tuned on one.
+Chunked form of Yang et al. 2024 ("Gated Linear Attention Transformers", section 4, and "Parallelizing Linear
+Transformers with the Delta Rule over Sequence Length", section 3), with no decay, one per head, per token, or per
+channel, with or without the delta rule's erase, and any number of updates per token. Kernels and their launches are in
+:mod:`.gpu_forward` and :mod:`.gpu_backward`. Tile sizes and warps come from small static tables, chosen from what the
+compiler reports for an H100 (registers, shared memory), not from timings.
+
+Products take bfloat16 operands for bfloat16 inputs, tf32 ones for float16 inputs (as fine, and no overflow in the
+state), and three tf32 products for float32 inputs. The erase takes at least tf32 whatever the inputs, and solves in
+float32. States, sums and gates are float32 always.
 
 With ``TRITON_INTERPRET=1`` in the environment before triton is imported, everything runs on CPU tensors, slowly.
 """
@@ -44,7 +49,7 @@ def forward(
 
     Raises ValueError for more than 256 key channels.
     """
-    layout = Layout.of(q, k, v, log_decay, cu_seqlens, scale, chunk_size)
+    layout = Layout.of(q, k, v, log_decay, beta, cu_seqlens, scale, chunk_size)
     with torch.cuda.device_of(q):
         scores, inverse = scores_and_inverse(q, k, log_decay, beta, layout)
         states, updates, final_state = chunk_states(k, v, log_decay, beta, inverse, initial_state, layout)
@@ -60,12 +65,12 @@ def saved_shapes(
     v_width: int,
     log_decay_ndim: int | None,
     has_beta: bool,
-    N: int,  # noqa: N803 - the number of sequences, as in the shapes of the documentation
+    N: int,
     chunk_size: int,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the two saved tensors of :func:`forward` with ``save=True``, for ``N`` sequences."""
     batch, rows, heads, key_width = k_shape
-    states = (slot_count(batch, rows, N, chunk_length(chunk_size)), heads, key_width, v_width)
+    states = (slot_count(batch, rows, N, chunk_length(chunk_size, key_width)), heads, key_width, v_width)
     return states, (batch, rows, heads, v_width) if has_beta else (0,)
 
 
@@ -84,7 +89,7 @@ def step(
     ``beta (B, n, H)`` or None, ``state (B, H, K, V)`` float32. Raises ValueError for more than 256 key channels.
     """
     per_token = log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, None]
-    layout = Layout.of(q[:, None], k, v, per_token, None, scale, 16)
+    layout = Layout.of(q[:, None], k, v, per_token, beta, None, scale, 16)
     o = torch.empty(*q.shape[:2], layout.value_width, dtype=v.dtype, device=v.device)
     new_state = torch.empty_like(state)
     block_k = tile_width(layout.key_width, 256)

@@ -1,12 +1,14 @@
 """Triton kernels of the recurrence's backward pass, and their launches.
 
-With R the gradient of the state after a chunk and Y = (I + L)^-T dD: ``reverse_kernel`` walks over the chunks from the right
-and leaves R for each (and dv = Y if there is an erase); ``value_kernel`` forms dv without one; ``gradient_kernel`` gives
-everything else, all chunks at once. Scores and the inverse are computed again, states and updates come from the forward pass.
+With R the gradient of the state after a chunk and Y = (I + L)^-T dD: ``reverse_kernel`` walks over the chunks from the
+right and leaves R for each (and dv = Y if there is an erase); ``value_kernel`` forms dv without one;
+``gradient_kernel`` gives everything else, all chunks at once. Scores and the inverse are computed again, states and
+updates come from the forward pass.
 
-The gradient of a log decay at row t is the sum over the pairs that t separates, i >= t > j. It is never taken as a difference
-of what meets on one side: the diagonal i = j, which no decay touches, is left out of it, and what crosses the chunk's ends is
-summed on the side of t on which it lies. So it stays exact where decays leave almost nothing.
+The gradient of a log decay at row t is the sum over the pairs i >= t > j that t separates. Terms of order one must not
+cancel in it, or nothing is left of it under strong decays. So the diagonal i = j, which no decay touches, stays out;
+what crosses an end of the chunk is summed on its own side of t; and one decay per row sums the separated pairs alone.
+Channel-wise decay takes differences among pairs i > j inside a chunk alone, all of them as small as the gradient.
 """
 
 import torch
@@ -29,7 +31,6 @@ from .gpu_tiles import (
     slot_rows,
     state_pointers,
     store_tile,
-    tile_width,
     widen,
 )
 
@@ -76,7 +77,7 @@ def reverse_kernel(
     source = state_pointers(grad_final_state, sequence, head, heads, channels, values, K, V)
     grad_state = tl.load(source, mask=tile, other=0.0)
     chunks = tl.cdiv(end - begin, CHUNK)
-    for done in range(0, chunks):
+    for done in range(chunks):
         chunk = chunks - 1 - done
         first = begin + chunk * CHUNK
         tl.store(state_pointers(grad_states, slot + chunk, head, heads, channels, values, K, V), grad_state, mask=tile)
@@ -96,13 +97,11 @@ def reverse_kernel(
             grad_update = matmul(tl.trans(within), grad_output, DOT, PRECISION)
             grad_update += matmul(write, grad_state, DOT, PRECISION)
             solve = load_lower(inverse, row, inside, head, heads, CHUNK)
-            grad_value = tl.dot(tl.trans(solve), grad_update, input_precision=PRECISION)
+            grad_value = tl.dot(tl.trans(solve), grad_update, input_precision="tf32x3")
             store_tile(grad_v, grad_value, row, inside, head, heads, values, V)
             earlier -= matmul(tl.trans(keys * since_start), grad_value, DOT, PRECISION)
         grad_state = grad_state * over_all[:, None] + earlier
-    tl.store(
-        state_pointers(grad_initial_state, sequence, head, heads, channels, values, K, V), grad_state, mask=tile
-    )
+    tl.store(state_pointers(grad_initial_state, sequence, head, heads, channels, values, K, V), grad_state, mask=tile)
 
 
 @triton.jit(do_not_specialize=["rows", "slots_per_sequence"])
@@ -191,9 +190,9 @@ def gradient_kernel(
     BLOCK_V: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """One program per (slot, head) and K tile: dq, dk, and the shares of this tile in dbeta and in a row's dlog_decay.
+    """One program per (slot, head) and K tile: dq, dk, and this tile's shares of dbeta and dlog_decay.
 
-    ``grad_beta`` is (K tiles, rows, H), ``grad_log_decay`` (K tiles, tokens, H), or (tokens, H, K) for channel-wise decay.
+    ``grad_beta`` is (K tiles, rows, H), ``grad_log_decay`` (K tiles, tokens, H), or (tokens, H, K) if channel-wise.
     """
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
@@ -322,17 +321,29 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Gradients of q, k, v (their dtypes), log_decay, beta and the initial state (float32), from :func:`.gpu.forward`.
 
-    ``saved`` and ``saved_updates`` are its last two results with ``save=True``. A constant decay's gradient is summed to
-    ``(H,)``; gradients of arguments that were None are None, but that of the initial state is always given.
+    ``saved`` and ``saved_updates`` are its last two results with ``save=True``. A constant decay's gradient is summed
+    to ``(H,)``; gradients of arguments that were None are None, but that of the initial state is always given.
     """
-    layout = Layout.of(q, k, v, log_decay, cu_seqlens, scale, chunk_size)
+    layout = Layout.of(q, k, v, log_decay, beta, cu_seqlens, scale, chunk_size)
     with torch.cuda.device_of(q):
         scores, inverse = scores_and_inverse(q, k, log_decay, beta, layout)
         grad_states = torch.empty_like(saved)
         grad_initial_state = torch.empty_like(grad_final_state)
-        grad_v = torch.empty_like(v)
+        # With an erase dv is itself an operand, and one that cancels: it is rounded to v's dtype only at the end.
+        grad_v = torch.empty_like(v, dtype=v.dtype if beta is None else torch.float32)
         _walk_back(
-            q, k, grad_o, log_decay, beta, scores, inverse, grad_final_state, grad_states, grad_v, grad_initial_state, layout
+            q,
+            k,
+            grad_o,
+            log_decay,
+            beta,
+            scores,
+            inverse,
+            grad_final_state,
+            grad_states,
+            grad_v,
+            grad_initial_state,
+            layout,
         )
         if beta is None:
             _value_gradients(k, grad_o, log_decay, scores, grad_states, grad_v, layout)
@@ -341,7 +352,7 @@ def backward(
         grad_q, grad_k, grad_log_decay, grad_beta = _local_gradients(
             q, k, grad_o, update, grad_v, log_decay, beta, saved, grad_states, layout
         )
-    return grad_q, grad_k, grad_v, grad_log_decay, grad_beta, grad_initial_state
+    return grad_q, grad_k, grad_v.to(v.dtype), grad_log_decay, grad_beta, grad_initial_state
 
 
 def _walk_back(
@@ -358,7 +369,7 @@ def _walk_back(
     grad_initial_state: Tensor,
     layout: Layout,
 ) -> None:
-    block_k, block_v, warps = state_tiles(layout, erase=beta is not None)
+    block_k, block_v, warps = state_tiles(layout)
     grid = (
         layout.sequences * layout.heads,
         triton.cdiv(layout.value_width, block_v),
@@ -386,6 +397,7 @@ def _walk_back(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         num_warps=warps,
+        num_stages=1 if layout.erase else 2,
     )
 
 
@@ -398,7 +410,7 @@ def _value_gradients(
     grad_v: Tensor,
     layout: Layout,
 ) -> None:
-    block_v = tile_width(layout.value_width, 64)
+    block_v = layout.tile(layout.value_width, 64)
     value_kernel[(layout.slots * layout.heads, triton.cdiv(layout.value_width, block_v))](
         k,
         grad_o,
@@ -412,9 +424,10 @@ def _value_gradients(
         layout.heads,
         layout.value_width,
         **layout.variant,
-        BLOCK_K=tile_width(layout.key_width, 64),
+        BLOCK_K=layout.tile(layout.key_width, 64),
         BLOCK_V=block_v,
         num_warps=4,
+        num_stages=2,
     )
 
 
@@ -430,7 +443,7 @@ def _local_gradients(
     grad_states: Tensor,
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    block_k = tile_width(layout.key_width, 32 if layout.decay == "vector" else 64)
+    block_k = layout.tile(layout.key_width, 32 if layout.decay == "vector" else 64)
     key_tiles = triton.cdiv(layout.key_width, block_k)
     grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
     grad_beta = None if beta is None else torch.empty(key_tiles, *beta.shape, dtype=torch.float32, device=q.device)
@@ -462,9 +475,10 @@ def _local_gradients(
         layout.value_width,
         **layout.variant,
         BLOCK_K=block_k,
-        BLOCK_V=tile_width(layout.value_width, 32),
+        BLOCK_V=layout.tile(layout.value_width, 32),
         LEVELS=layout.levels,
         num_warps=4 if layout.chunk < 64 else 8,
+        num_stages=2,
     )
     if grad_log_decay is not None and layout.decay != "vector":
         grad_log_decay = grad_log_decay.sum((0, 1, 2) if layout.decay == "constant" else 0)

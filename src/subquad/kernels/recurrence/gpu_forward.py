@@ -1,11 +1,11 @@
 """Triton kernels of the recurrence's forward pass and of its single step, and their launches.
 
-Four kernels (Yang et al. 2024, "Gated Linear Attention", section 4; Yang et al. 2024, "DeltaNet", section 3): ``score_kernel``
-writes what the tokens of a chunk say to each other, A = tril M(q, w) and L = tril_{-1} M(k, w); ``inverse_kernel`` turns L
-into (I + L)^-1; ``state_kernel`` walks over the chunks of a sequence and leaves the state before each;
-``output_kernel`` reads states and scores, all chunks at once. The erase is done inside the walk, as
-d = (I + L)^-1 (v - (k e^G) S): one small product more per chunk than with precomputed (I + L)^-1 v and (I + L)^-1 k e^G, but
-neither of these goes through memory and v - S^T k is formed before anything is multiplied by the inverse.
+Four kernels (Yang et al. 2024, "Gated Linear Attention", section 4; Yang et al. 2024, "DeltaNet", section 3):
+``score_kernel`` writes what the tokens of a chunk say to each other, A = tril M(q, w) and L = tril_{-1} M(k, w);
+``inverse_kernel`` turns L into (I + L)^-1; ``state_kernel`` walks over the chunks of a sequence and leaves the state
+before each; ``output_kernel`` reads states and scores, all chunks at once. The erase is done inside the walk, as
+d = (I + L)^-1 (v - (k e^G) S): one small product more per chunk than with precomputed (I + L)^-1 v and
+(I + L)^-1 k e^G, but neither of these goes through memory, and v - S^T k is formed before the inverse meets it.
 """
 
 import torch
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_tiles import (
+    MAX_KEY_WIDTH,
     Layout,
     chunk_decays,
     load_beta,
@@ -27,7 +28,6 @@ from .gpu_tiles import (
     slot_rows,
     state_pointers,
     store_tile,
-    tile_pointers,
     tile_width,
     widen,
 )
@@ -127,13 +127,21 @@ def _dot(a, b):
     return tl.dot(a, b, input_precision="ieee")  # tf32 costs the inverse three digits
 
 
+@triton.jit
+def _negative_solution(lower, inverse, right):
+    """-(I + lower)^-1 right for 16x16 blocks, corrected once by what it leaves over."""
+    solution = -_dot(inverse, right)
+    return solution - _dot(inverse, right + solution + _dot(lower, solution))
+
+
 @triton.jit(do_not_specialize=["rows", "slots_per_sequence"])
 def inverse_kernel(coupling, inverse, slot_bounds, rows, slots_per_sequence, heads, CHUNK: tl.constexpr):
-    """One program per (slot, head): the lower triangle of (I + L)^-1, float32 throughout.
+    """One program per (slot, head): T = (I + L)^-1, float32 throughout; blocks above the diagonal are not written.
 
-    Substitution inside the 16x16 blocks on the diagonal, all at once; then twice the inverse of a block lower-triangular
-    matrix, [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]. Powers of L are never formed: with repeated keys they
-    grow like binomials. Blocks above the diagonal are not written.
+    Substitution by rows inside the 16x16 blocks on the diagonal, all of them at once, and by blocks below them:
+    (I + L_II) T_IJ = -sum_{J <= M < I} L_IM T_MJ. Powers of L are never formed: with repeated keys they grow like
+    binomials. Nor is a block's inverse trusted to solve: with repeated keys and beta = 2 plain products of inverses
+    lose another digit, which one correction by the residual brings back.
     """
     head = tl.program_id(0) % heads
     first, end = slot_rows(tl.program_id(0) // heads, slot_bounds, rows, slots_per_sequence, CHUNK)
@@ -151,34 +159,34 @@ def inverse_kernel(coupling, inverse, slot_bounds, rows, slots_per_sequence, hea
         update = tl.sum(couplings[:, :, None] * inverses, axis=1)
         inverses -= tl.where(i == at, update[:, None, :], 0.0)
 
-    t11 = _block(inverses, 0)
-    _store_block(inverse, t11, first, end, head, heads, 0, 0, CHUNK)
+    t00 = _block(inverses, 0)
+    _store_block(inverse, t00, first, end, head, heads, 0, 0, CHUNK)
     if BLOCKS >= 2:
-        t22 = _block(inverses, 1)
-        l21 = _load_block(coupling, first, end, head, heads, 1, 0, CHUNK)
-        t21 = -_dot(t22, _dot(l21, t11))
-        _store_block(inverse, t21, first, end, head, heads, 1, 0, CHUNK)
-        _store_block(inverse, t22, first, end, head, heads, 1, 1, CHUNK)
+        l10 = _load_block(coupling, first, end, head, heads, 1, 0, CHUNK)
+        l11, t11 = _block(diagonal, 1), _block(inverses, 1)
+        t10 = _negative_solution(l11, t11, _dot(l10, t00))
+        _store_block(inverse, t10, first, end, head, heads, 1, 0, CHUNK)
+        _store_block(inverse, t11, first, end, head, heads, 1, 1, CHUNK)
     if BLOCKS == 4:
-        t33 = _block(inverses, 2)
-        t44 = _block(inverses, 3)
-        l43 = _load_block(coupling, first, end, head, heads, 3, 2, CHUNK)
-        t43 = -_dot(t44, _dot(l43, t33))
-        l31 = _load_block(coupling, first, end, head, heads, 2, 0, CHUNK)
-        l32 = _load_block(coupling, first, end, head, heads, 2, 1, CHUNK)
-        l41 = _load_block(coupling, first, end, head, heads, 3, 0, CHUNK)
-        l42 = _load_block(coupling, first, end, head, heads, 3, 1, CHUNK)
-        c31 = _dot(l31, t11) + _dot(l32, t21)
-        c32 = _dot(l32, t22)
-        c41 = _dot(l41, t11) + _dot(l42, t21)
-        c42 = _dot(l42, t22)
-        _store_block(inverse, -_dot(t33, c31), first, end, head, heads, 2, 0, CHUNK)
-        _store_block(inverse, -_dot(t33, c32), first, end, head, heads, 2, 1, CHUNK)
-        _store_block(inverse, -(_dot(t43, c31) + _dot(t44, c41)), first, end, head, heads, 3, 0, CHUNK)
-        _store_block(inverse, -(_dot(t43, c32) + _dot(t44, c42)), first, end, head, heads, 3, 1, CHUNK)
-        _store_block(inverse, t33, first, end, head, heads, 2, 2, CHUNK)
-        _store_block(inverse, t43, first, end, head, heads, 3, 2, CHUNK)
-        _store_block(inverse, t44, first, end, head, heads, 3, 3, CHUNK)
+        l20 = _load_block(coupling, first, end, head, heads, 2, 0, CHUNK)
+        l21 = _load_block(coupling, first, end, head, heads, 2, 1, CHUNK)
+        l22, t22 = _block(diagonal, 2), _block(inverses, 2)
+        t20 = _negative_solution(l22, t22, _dot(l20, t00) + _dot(l21, t10))
+        t21 = _negative_solution(l22, t22, _dot(l21, t11))
+        _store_block(inverse, t20, first, end, head, heads, 2, 0, CHUNK)
+        _store_block(inverse, t21, first, end, head, heads, 2, 1, CHUNK)
+        _store_block(inverse, t22, first, end, head, heads, 2, 2, CHUNK)
+        l30 = _load_block(coupling, first, end, head, heads, 3, 0, CHUNK)
+        l31 = _load_block(coupling, first, end, head, heads, 3, 1, CHUNK)
+        l32 = _load_block(coupling, first, end, head, heads, 3, 2, CHUNK)
+        l33, t33 = _block(diagonal, 3), _block(inverses, 3)
+        t30 = _negative_solution(l33, t33, _dot(l30, t00) + _dot(l31, t10) + _dot(l32, t20))
+        t31 = _negative_solution(l33, t33, _dot(l31, t11) + _dot(l32, t21))
+        t32 = _negative_solution(l33, t33, _dot(l32, t22))
+        _store_block(inverse, t30, first, end, head, heads, 3, 0, CHUNK)
+        _store_block(inverse, t31, first, end, head, heads, 3, 1, CHUNK)
+        _store_block(inverse, t32, first, end, head, heads, 3, 2, CHUNK)
+        _store_block(inverse, t33, first, end, head, heads, 3, 3, CHUNK)
 
 
 @triton.jit(do_not_specialize=["rows", "slots_per_sequence"])
@@ -234,7 +242,7 @@ def state_kernel(
         if beta is not None:
             error = update - matmul(keys * since_start, state, DOT, PRECISION)
             solve = load_lower(inverse, row, inside, head, heads, CHUNK)
-            update = tl.dot(solve, error, input_precision=PRECISION)
+            update = tl.dot(solve, error, input_precision="tf32x3")
             store_tile(updates, update, row, inside, head, heads, values, V)
         write = keys * until_end * load_beta(beta, row, end, head, heads)[:, None]
         state = state * over_all[:, None] + matmul(tl.trans(write), update, DOT, PRECISION)
@@ -354,7 +362,7 @@ def scores_and_inverse(
         layout.heads,
         layout.scale,
         **layout.variant,
-        BLOCK_K=tile_width(layout.key_width, 64),
+        BLOCK_K=layout.tile(layout.key_width, 32 if layout.decay == "vector" else 64),
         LEVELS=layout.levels,
         num_warps=4 if layout.chunk < 64 else 8,
     )
@@ -369,7 +377,7 @@ def scores_and_inverse(
         layout.slots_per_sequence,
         layout.heads,
         CHUNK=layout.chunk,
-        num_warps=1,
+        num_warps=2,
     )
     return scores, inverse
 
@@ -388,7 +396,7 @@ def chunk_states(
     states = torch.empty(layout.slots, *shape, dtype=torch.float32, device=k.device)
     final_state = torch.empty(layout.sequences, *shape, dtype=torch.float32, device=k.device)
     updates = None if beta is None else torch.empty(v.shape, dtype=torch.float32, device=k.device)
-    block_k, block_v, warps = state_tiles(layout, erase=beta is not None)
+    block_k, block_v, warps = state_tiles(layout)
     grid = (
         layout.sequences * layout.heads,
         triton.cdiv(layout.value_width, block_v),
@@ -413,24 +421,32 @@ def chunk_states(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         num_warps=warps,
+        num_stages=1 if layout.erase else 2,
     )
     return states, updates, final_state
 
 
-def state_tiles(layout: Layout, erase: bool) -> tuple[int, int, int]:
+def state_tiles(layout: Layout) -> tuple[int, int, int]:
     """K tile, V tile and warps of the walks over chunks."""
-    if not erase:
-        return tile_width(layout.key_width, 64), tile_width(layout.value_width, 64), 4
-    block_k = tile_width(layout.key_width, 256)
-    return block_k, tile_width(layout.value_width, 64 if block_k <= 64 else 32), 4 if block_k <= 64 else 8
+    if not layout.erase:
+        return layout.tile(layout.key_width, 64), layout.tile(layout.value_width, 64), 4
+    block_k = tile_width(layout.key_width, MAX_KEY_WIDTH)
+    block_v = layout.tile(layout.value_width, 64 if block_k <= 64 else 32)
+    return block_k, block_v, 4 if block_k <= 64 else 8
 
 
 def chunk_outputs(
-    q: Tensor, update: Tensor, log_decay: Tensor | None, scores: Tensor, states: Tensor, dtype: torch.dtype, layout: Layout
+    q: Tensor,
+    update: Tensor,
+    log_decay: Tensor | None,
+    scores: Tensor,
+    states: Tensor,
+    dtype: torch.dtype,
+    layout: Layout,
 ) -> Tensor:
     """``o (B, T, H, V)`` in ``dtype`` from the states before each chunk and what was written inside it."""
     o = torch.empty(*q.shape[:3], layout.value_width, dtype=dtype, device=q.device)
-    block_v = tile_width(layout.value_width, 64)
+    block_v = layout.tile(layout.value_width, 64)
     output_kernel[(layout.slots * layout.heads, triton.cdiv(layout.value_width, block_v))](
         q,
         update,
@@ -445,8 +461,9 @@ def chunk_outputs(
         layout.scale,
         layout.value_width,
         **layout.variant,
-        BLOCK_K=tile_width(layout.key_width, 64),
+        BLOCK_K=layout.tile(layout.key_width, 64),
         BLOCK_V=block_v,
         num_warps=4,
+        num_stages=2,
     )
     return o

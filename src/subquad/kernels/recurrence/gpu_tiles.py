@@ -1,8 +1,8 @@
-"""What the recurrence's Triton kernels share: which rows a program works on, tiles of memory, and decays inside a chunk.
+"""What the recurrence's Triton kernels share: which rows a program works on, tiles of memory, decays inside a chunk.
 
-Rows are updates: a token has ``UPDATES`` of them, the decay applies before its first and the query reads after its last. A
-sequence is cut into chunks of ``CHUNK`` rows; every chunk owns a *slot*, the index of its state in the saved tensor. Sums of
-log decays always run over the tokens between two rows, all of one sign: nothing cancels, and no exponent is positive.
+Rows are updates: a token has ``UPDATES`` of them, the decay applies before its first, the query reads after its last.
+A sequence is cut into chunks of ``CHUNK`` rows; every chunk owns a *slot*, the index of its state in the saved tensor.
+Sums of log decays run over the tokens between two rows, all of one sign: nothing cancels, no exponent is positive.
 """
 
 import math
@@ -15,11 +15,16 @@ from torch import Tensor
 
 CHUNK_SIZES = (16, 32, 64)
 MAX_KEY_WIDTH = 256
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def chunk_length(chunk_size: int) -> int:
-    """The chunk length that the kernels have, nearest to ``chunk_size`` (the longer one when two are as near)."""
-    return min(CHUNK_SIZES, key=lambda length: (abs(length - chunk_size), -length))
+def chunk_length(chunk_size: int, key_width: int) -> int:
+    """The chunk length that the kernels have, nearest to ``chunk_size`` (the longer one when two are as near).
+
+    Above 128 key channels at most 32: a chunk of 64 rows would not fit the registers beside the state.
+    """
+    length = min(CHUNK_SIZES, key=lambda length: (abs(length - chunk_size), -length))
+    return length if key_width <= 128 else min(length, 32)
 
 
 def tile_width(width: int, most: int) -> int:
@@ -42,6 +47,7 @@ class Layout:
     slots_per_sequence: int
     slots: int
     decay: str
+    erase: bool
     dot_type: tl.dtype
     precision: str
     scale: float
@@ -55,6 +61,7 @@ class Layout:
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
+        beta: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: float,
         chunk_size: int,
@@ -66,10 +73,9 @@ class Layout:
                 f"the gpu recurrence keeps all key channels of a head in one tile and takes at most {MAX_KEY_WIDTH}; "
                 f'q and k have {key_width}. Use backend="chunked" for wider keys.'
             )
-        chunk = chunk_length(chunk_size)
+        chunk = chunk_length(chunk_size, key_width)
         rows = k.shape[1]
         sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        interpreted = triton.knobs.runtime.interpret  # its bfloat16 products multiply the bit patterns
         kinds = {None: "none", 1: "constant", 3: "scalar", 4: "vector"}
         slots = slot_count(batch, rows, sequences, chunk)
         updates = rows // tokens
@@ -85,8 +91,12 @@ class Layout:
             slots_per_sequence=slots // batch,
             slots=slots,
             decay=kinds[None if log_decay is None else log_decay.ndim],
+            erase=beta is not None,
             # float16 would overflow where the state is an operand: its products run on tf32, as fine and wider.
-            dot_type=tl.bfloat16 if q.dtype == torch.bfloat16 and not interpreted else tl.float32,
+            # With an erase, the updates that one key at beta = 2 leaves in a chunk alternate in sign and cancel in the
+            # state and the outputs: rounded to bfloat16 they would be off by several percent.
+            dot_type=tl.bfloat16 if q.dtype == torch.bfloat16 and beta is None else tl.float32,
+            # three tf32 products together are as fine as float32; exact float32 products would not use the tensor cores
             precision="tf32x3" if q.dtype == torch.float32 else "tf32",
             scale=scale,
             cu_seqlens=cu_seqlens,
@@ -105,6 +115,10 @@ class Layout:
             "PRECISION": self.precision,
         }
 
+    def tile(self, width: int, most: int) -> int:
+        """``tile_width`` for the operands of products; four bytes a number leave room for half as many columns."""
+        return tile_width(width, most if self.dot_type == tl.bfloat16 else most // 2)
+
     @property
     def levels(self) -> int:
         """How often a chunk can be halved."""
@@ -114,14 +128,14 @@ class Layout:
 def slot_count(batch: int, rows: int, sequences: int, chunk: int) -> int:
     """Chunk slots of a call. One row of a batch may be packed: then the count must hold for any boundaries.
 
-    Sequence ``s`` that starts at row ``b`` owns the slots from ``b // chunk + s``: at least one more than the whole chunks
-    it spans, hence enough, and known without looking at the other sequences.
+    Sequence ``s`` that starts at row ``b`` owns the slots from ``b // chunk + s`` up to those of the next: as many as
+    its chunks or one more, and known without looking at the other sequences.
     """
     return rows // chunk + sequences if batch == 1 else batch * triton.cdiv(rows, chunk)
 
 
 def _slot_bounds(boundaries: Tensor, slots: int, chunk: int) -> Tensor:
-    """``(slots, 2)`` int64: the first row of each slot's chunk, and the row after its sequence (not after it: unused)."""
+    """``(slots, 2)`` int64: the first row of each slot's chunk, and the end of its sequence (first >= end: unused)."""
     sequences = boundaries.numel() - 1
     first_slot = boundaries // chunk + torch.arange(sequences + 1, device=boundaries.device)
     slot = torch.arange(slots, device=boundaries.device)
@@ -144,9 +158,7 @@ def slot_rows(slot, slot_bounds, rows, slots_per_sequence, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sequence_rows(
-    sequence, cu_seqlens, rows, slots_per_sequence, CHUNK: tl.constexpr, UPDATES: tl.constexpr
-):
+def sequence_rows(sequence, cu_seqlens, rows, slots_per_sequence, CHUNK: tl.constexpr, UPDATES: tl.constexpr):
     """First row and end of a sequence, its first slot, and the first slot after its own."""
     if cu_seqlens is None:
         begin = sequence.to(tl.int64) * rows
@@ -211,7 +223,10 @@ def state_pointers(states, index, head, heads, channels, values, K: tl.constexpr
 @triton.jit
 def matmul(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """``a @ b`` with operands rounded to ``DOT``, accumulated in float32."""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+    a, b = a.to(DOT), b.to(DOT)
+    if INTERPRETED:  # which multiplies the bit patterns of bfloat16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -283,8 +298,8 @@ def pair_decays(
 def separated(level: tl.constexpr, CHUNK: tl.constexpr):
     """Which pairs i > j part at ``level``: they share a block of 2^(level+1) rows and lie in different halves of it.
 
-    Every pair parts at exactly one level. There the row between the halves is a reference point for channel-wise decays:
-    sum_d x_id y_jd e^(G_id - G_jd) is a plain product of x times the decay since that point and y times the decay until it.
+    Every pair parts at exactly one level, and the border between the halves is its reference point for channel-wise
+    decay: sum_d x_id y_jd e^(G_id - G_jd) is a product of x times the decay since there and y times that until there.
     """
     row = tl.arange(0, CHUNK)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
