@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries as Subquad models: per format a table of names and the configuration that goes with it.
+"""Checkpoints of other libraries as Subquad models: per format, a table of names and a reading of the configuration.
 
 Read are flash-linear-attention's GLA, DeltaNet, gated DeltaNet and RetNet, and the released TransNormerLLM files. The
 weights are renamed, never changed; what a format can say and Subquad cannot is refused by name.

@@ -10,6 +10,7 @@ from subquad.kernels import backends
 from subquad.kernels.recurrence import checks, dispatch
 from subquad.ops import _contract as contract
 
+LARGEST_GPU_WIDTH = 256
 Reference = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -51,6 +52,8 @@ def run_recurrence(
             "(batch or packed sequences, heads, key width, value width)",
         )
     unsupported = {}
+    if width > LARGEST_GPU_WIDTH:
+        unsupported["gpu"] = f"its tiles hold {LARGEST_GPU_WIDTH} key channels, not {width}; use backend='chunked'"
     if value_log_decay is not None:
         unsupported = dict.fromkeys(("cpu", "gpu"), "decay over values is computed by 'chunked' only")
     chosen = backends.resolve(backend, q.device, q.dtype, unsupported)

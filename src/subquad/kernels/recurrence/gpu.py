@@ -19,9 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .gpu_backward import backward
-from .gpu_forward import chunk_outputs, chunk_states, scores_and_inverse, step_kernel
-from .gpu_tiles import Layout, chunk_length, slot_count, tile_width
+from subquad.kernels.recurrence.gpu_backward import backward
+from subquad.kernels.recurrence.gpu_forward import chunk_outputs, chunk_states, scores_and_inverse, step_kernel
+from subquad.kernels.recurrence.gpu_tiles import Layout, chunk_length, slot_count, tile_width
 
 __all__ = ["backward", "forward", "saved_shapes", "step"]
 

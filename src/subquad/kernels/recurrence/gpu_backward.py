@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_forward import scores_and_inverse, state_tiles
-from .gpu_tiles import (
+from subquad.kernels.recurrence.gpu_forward import scores_and_inverse, state_tiles
+from subquad.kernels.recurrence.gpu_tiles import (
     Layout,
     chunk_decays,
     load_beta,

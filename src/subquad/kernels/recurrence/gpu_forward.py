@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_tiles import (
+from subquad.kernels.recurrence.gpu_tiles import (
     MAX_KEY_WIDTH,
     Layout,
     chunk_decays,
