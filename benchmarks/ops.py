@@ -107,7 +107,7 @@ class _backend:
 
 
 def shares(timings: list[Any], rate: float, chunk: int = 32) -> list[dict[str, Any]]:
-    """Share of the BLAS rate: 2 H T (2 C K + 2 K^2) operations forward, C the chunk really used; thrice with backward."""
+    """Share of the BLAS rate: 2 H T (2 C K + 2 K^2) operations forward, C the chunk really used; backward: thrice."""
     rows = []
     for timing in timings:
         if timing.op in ("lightning_attention", "gla", "delta_rule") and timing.threads == 1:
