@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -54,6 +55,140 @@ def _list_of(text: str, kind: type = str) -> list[Any]:
         return [kind(part.strip()) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise ValueError(f"a list of {kind.__name__} with commas between is needed; got {text!r}") from error
+
+
+@app.command()
+@answers_errors
+def compare(
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="A text file, a folder or a JSONL file; may be given several times."),
+    ] = None,
+    mixers: Annotated[
+        str, typer.Option(help="Names with commas between, or 'all'.")
+    ] = "softmax,gla,delta_net,retention",
+    hybrid: Annotated[
+        list[str] | None, typer.Option(help="A pattern over the layers, such as 'gla*3+softmax'.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens (bytes) per training row.")] = 512,
+    budget: Annotated[str | None, typer.Option(help="Time of the whole command: 90s, 20m, 2h.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Training tokens of every model, instead of a budget: 500k, 2M.")
+    ] = None,
+    params: Annotated[str, typer.Option(help="Parameters of every model, matched within 2%: 500k, 2M.")] = "2M",
+    seeds: Annotated[int, typer.Option(help="Models per mixer; two or more show what is chance.")] = 2,
+    contexts: Annotated[str | None, typer.Option(help="Lengths at which speed and memory are measured.")] = None,
+    learning_rates: Annotated[str, typer.Option(help="Tried on the first seed, the same for all.")] = "1e-3,3e-3,1e-2",
+    out: Annotated[Path, typer.Option(help="Folder for report.html, results and plots.")] = Path("comparison"),
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Four mixers on Python's own sources, under five minutes.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse a folder that holds an earlier comparison.")] = False,
+) -> None:
+    """Which mixer serves your text at your length? Trains one model per mixer, measures all, writes a report.
+
+    Example: `subquad compare --data my.txt --mixers softmax,gla,delta_net --budget 20m --out comparison`
+    """
+    from subquad import bench, tasks
+    from subquad.mixers import available
+
+    if demo:
+        if data:
+            raise ValueError("--demo brings its own text; leave out --data, or leave out --demo")
+        result = bench.run_comparison(
+            tasks.source_text("standard"), bench.CompareSettings.demo(), out=out, resume=not fresh, progress=errors
+        )
+    else:
+        if not data:
+            raise ValueError("give your text with --data PATH, or --demo for Python's own sources")
+        result = bench.compare(
+            data,
+            available() if mixers.strip() == "all" else _list_of(mixers),
+            hybrids=hybrid or (),
+            context=context,
+            budget=None if budget is None else _quantity(budget, {"s": 1, "m": 60, "h": 3600}, "90s, 20m or 2h"),
+            tokens=None if tokens is None else int(_quantity(tokens, COUNTS, "500k or 2M")),
+            parameters=int(_quantity(params, COUNTS, "500k or 2M")),
+            seeds=tuple(range(seeds)),
+            learning_rates=_list_of(learning_rates, float),
+            out=out,
+            resume=not fresh,
+            progress=errors,
+            **({} if contexts is None else {"contexts": _list_of(contexts, int)}),
+        )
+    console.print(result.table())
+    console.print(result.verdict)
+    console.print(f"report: {(out / 'report.html').resolve()}", soft_wrap=True)
+
+
+COUNTS = {"k": 1e3, "K": 1e3, "M": 1e6, "m": 1e6, "": 1}
+
+
+def _quantity(text: str, units: dict[str, float], example: str) -> float:
+    """A number with a unit behind it; a bare number is in the smallest unit."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2] if match else None
+    if match is None or (unit not in units and unit != ""):
+        raise ValueError(f"cannot read {text!r}; give a number and a unit, as in {example}")
+    return float(match[1]) * units.get(unit or "", 1)
+
+
+@app.command()
+@answers_errors
+def claims(
+    names: Annotated[list[str] | None, typer.Argument(help="Numbers, slugs or names of papers.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All claims, going on past failures.")] = False,
+    seeds: Annotated[str, typer.Option(help="Seeds with commas between.")] = "0,1",
+    write: Annotated[Path | None, typer.Option(help="JSON file that takes the results.")] = None,
+) -> None:
+    """Does the paper's claim hold? Re-runs it small, with the paper's baseline; exit code 0 only if it does.
+
+    Example: `subquad claims 06 --seeds 0,1`
+    """
+    from subquad.claims import available, run_claims
+
+    if not names and not everything:
+        console.print("There are:")
+        for slug in available():
+            console.print(f"  {slug}", highlight=False)
+        console.print("Run one with `subquad claims NAME`, all with `subquad claims --all`.")
+        return
+    results = run_claims(
+        None if everything else names,
+        _list_of(seeds, int),
+        write=write,
+        progress=lambda line: errors.print(line, style="dim", highlight=False),
+        finished=console.print,
+    )
+    if not all(result.reproduced for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+@answers_errors
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Ops; all if none is named.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens, with commas between.")] = "512,2048,8192",
+    heads: Annotated[int, typer.Option(help="Number of heads.")] = 8,
+    width: Annotated[int, typer.Option(help="Width of keys and values.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Threads; as many as torch has by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Time ops on this machine beside torch's causal attention, forward and with backward.
+
+    Example: `subquad bench gla delta_rule --lengths 2048,8192 --threads 1`
+    """
+    from subquad.bench.kernels import kernel_timings
+
+    table = Table("Op", "Tokens", "Direction", "ms", "times faster than torch's attention")
+    errors.print("kernels are compiled at first use, which is not timed", style="dim")
+    for timing in kernel_timings(
+        names or None, _list_of(lengths, int), heads=heads, width=width, threads=threads, device=device
+    ):
+        direction = "forward + backward" if timing.backward else "forward"
+        ratio = "not run" if timing.ratio is None else f"{timing.ratio:.1f}"
+        table.add_row(timing.op, f"{timing.time:,}", direction, f"{1e3 * timing.seconds:.2f}", ratio)
+    console.print(table)
 
 
 @app.command()
