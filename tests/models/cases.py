@@ -15,6 +15,7 @@ def config(name, **fields):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "pad_token_id": 0,
+        "tie_word_embeddings": False,  # a small mixer under tied embeddings repeats its input
         "initializer_range": 0.2,  # large enough that logits differ and greedy tokens are no accident
     }
     options = {k: v for k, v in OPTIONS.get(name, {}).items() if k != "num_key_value_heads"}
