@@ -19,7 +19,6 @@ def test_greedy_with_cache_equals_without(name):
     with_cache = lm.generate(ids, **GREEDY)
     assert torch.equal(with_cache, lm.generate(ids, use_cache=False, **GREEDY))
     assert torch.equal(with_cache, lm.generate(ids, prefill_chunk_size=4, **GREEDY))
-    assert len(set(with_cache[0, 13:].tolist())) > 2
 
 
 @names
