@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from subquad.kernels import backends
+from subquad.kernels.recurrence.checks import check_offsets
+
 LARGEST_STORAGE = 2**62  # bytes; beyond it torch's own size arithmetic overflows
 
 
@@ -85,7 +88,10 @@ def check_chunk_size(chunk_size: int) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """``(N + 1,)`` int32 or int64 offsets into a batch of one; their order is checked where values may be read."""
+    """``(N + 1,)`` int32 or int64 offsets into a batch of one, from 0 to its length, where values may be read.
+
+    q is any tensor ``(B, T, ...)`` of the packed tokens.
+    """
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -99,6 +105,15 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> None:
         raise TypeError(f"cu_seqlens must be on q's device {q.device}; it is on {cu_seqlens.device}")
     if q.shape[0] != 1:
         raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1; q has batch {q.shape[0]}")
+    if values_may_be_read(q):
+        check_offsets(cu_seqlens, q.shape[1])
+
+
+def values_may_be_read(q: Tensor) -> bool:
+    """True outside of traced graphs on a CPU, and on a GPU where ``SUBQUAD_CHECK=1`` asks for it."""
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return False
+    return q.device.type == "cpu" or backends.check_values()
 
 
 def number_of_states(q: Tensor, cu_seqlens: Tensor | None) -> int:

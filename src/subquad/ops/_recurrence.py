@@ -62,10 +62,8 @@ def run_recurrence(
     initial_state, log_decay, beta, value_log_decay = (
         None if x is None else x.to(accumulate) for x in (initial_state, log_decay, beta, value_log_decay)
     )
-    if chosen in ("reference", "chunked") and not torch.compiler.is_compiling() and _values_may_be_read(q):
+    if chosen in ("reference", "chunked") and contract.values_may_be_read(q):
         checks.check_gates(log_decay, beta, value_log_decay)
-        if cu_seqlens is not None:
-            checks.check_offsets(cu_seqlens, q.shape[1])
     if chosen == "reference":
         operands = [x.to(accumulate) for x in (q, k, v)]
         gates = {name: None if x is None else x.to(accumulate) for name, x in gates.items()}
@@ -88,10 +86,6 @@ def run_recurrence(
             value_log_decay=value_log_decay,
         )
     return output, state if return_state else None
-
-
-def _values_may_be_read(q: Tensor) -> bool:
-    return type(q) in (Tensor, torch.nn.Parameter) and (q.device.type == "cpu" or backends.check_values())
 
 
 def _each_sequence(
