@@ -19,6 +19,7 @@ _ROOMS = (
     "bench",
     "blocks",
     "catalog",
+    "claims",
     "evaluation",
     "feedforward",
     "layers",

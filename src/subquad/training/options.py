@@ -91,9 +91,9 @@ class TrainingOptions:
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.warmup_steps >= self.steps and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps must be less than steps = {self.steps}; got {self.warmup_steps}")
-        if self.schedule == "one_cycle" and self.warmup_steps == 0:
+        if self.schedule == "one_cycle" and self.warmup_steps < 2:
             raise ValueError(
-                "schedule 'one_cycle' rises for warmup_steps steps, which must be at least 1 (3/10 of steps is usual)"
+                "schedule 'one_cycle' rises for warmup_steps steps, which must be at least 2 (3/10 of steps is usual)"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
