@@ -4,13 +4,13 @@
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import machine
+import plain_steps
 import torch
 from torch import Tensor
 
@@ -80,30 +80,29 @@ def token_rates(names: tuple[str, ...] = ("lightning_attention", "gla", "delta_r
 
 
 def mixer_steps(dim: int = 256) -> list[dict[str, Any]]:
-    """One token through a whole mixer, ours against the same mixer with the op computed by plain torch."""
+    """One token through a whole mixer, beside the same layer written straight in torch ops (``plain_steps.py``)."""
     rows = []
-    for name in ("lightning", "retention", "gla", "delta_net", "gated_delta_net"):
+    for name, plain_step in plain_steps.STEPS.items():
         mixer = mixers.build(name, dim, num_heads=4).eval()
         x = torch.randn(1, 1, dim, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             state = mixer(torch.randn(1, 8, dim), use_state=True).state
-            step = partial(mixer, x, state=state, use_state=True)
-            seconds = best_seconds(step, repeats=200)
-            with _backend("chunked"):
-                plain = best_seconds(step, repeats=200)
-        rows.append({"mixer": name, "dim": dim, "seconds": seconds, "plain_torch_ratio": plain / seconds})
+            step, plain = partial(mixer, x, state=state, use_state=True), partial(plain_step(mixer), x[0], state)
+            ours, (output, after) = step(), plain()
+            differences = [(ours.output[0], output), (ours.state.state[0], after[0])]
+            seconds, plain_seconds = best_seconds(step, repeats=200), best_seconds(plain, repeats=200)
+        rows.append(
+            {
+                "mixer": name,
+                "dim": dim,
+                "threads": torch.get_num_threads(),
+                "seconds": seconds,
+                "plain_torch_seconds": plain_seconds,
+                "plain_torch_ratio": plain_seconds / seconds,
+                "largest_relative_difference": max(float((a - b).abs().max() / b.abs().max()) for a, b in differences),
+            }
+        )
     return rows
-
-
-class _backend:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        os.environ["SUBQUAD_BACKEND"] = self.name
-
-    def __exit__(self, *exception: object) -> None:
-        del os.environ["SUBQUAD_BACKEND"]
 
 
 def shares(timings: list[Any], rate: float, chunk: int = 32) -> list[dict[str, Any]]:

@@ -191,5 +191,5 @@ def test_bad_input_gets_a_sentence(name):
 def test_wrong_names_and_options_get_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'delta_net'"):
         mixers.build("deltanet", DIM)
-    with pytest.raises(ValueError, match="'expand_q'; did you mean .*'expand_k'"):
+    with pytest.raises(ValueError, match=r"'expand_q'; did you mean .*'expand_k'"):
         mixers.build("gla", DIM, expand_q=1)

@@ -75,7 +75,7 @@ class Trial(ABC):
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             schedule="one_cycle",
-            warmup_steps=round(WARMUP_SHARE * self.steps),
+            warmup_steps=max(2, round(WARMUP_SHARE * self.steps)),
             seed=seed,
         )
         training.train(model, self.data(seed), options, out=None, console=Console(quiet=True))

@@ -11,6 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from subquad.kernels.steps import plan
+from subquad.ops._contract import check_cu_seqlens
+
 State = Any  # a NamedTuple of tensors whose first axis is the batch; each mixer has its own
 
 
@@ -82,6 +85,7 @@ class Mixer(nn.Module):
             raise ValueError(f"layer_index must lie in [0, num_layers); got {layer_index} of {num_layers}")
         self.dim, self.num_heads, self.causal = dim, num_heads, causal
         self.layer_index, self.num_layers = layer_index, num_layers
+        self._steps = plan.StepCache()
         if not any(p in self.patterns for p in self._patterns_when(causal)):
             raise ValueError(f"{type(self).__name__} with causal={causal} serves no use; it serves {self.served()}")
 
@@ -134,12 +138,43 @@ class Mixer(nn.Module):
             ValueError, TypeError: a wrong shape, or a use that this mixer does not serve (the message names those it
                 does).
         """
+        if (
+            use_state
+            and state is not None
+            and context is None
+            and mask is None
+            and prefix_lengths is None
+            and cu_seqlens is None
+            and grid is None
+        ):
+            stepped = self.step(x, state, positions)
+            if stepped is not None:
+                return stepped
         self._check(x, context, mask, positions, prefix_lengths, cu_seqlens, state, use_state)
         request = Request(mask, positions, prefix_lengths, cu_seqlens, grid, state, use_state)
         return self.mix(x, context, request)
 
     def mix(self, x: Tensor, context: Tensor | None, request: Request) -> MixerOutput:
         raise NotImplementedError(f"{type(self).__name__} must define mix")
+
+    def step(self, x: Tensor, state: State, positions: Tensor | None) -> MixerOutput | None:
+        """One token ``(B, 1, D)`` in one kernel, equal to :meth:`mix`; None where no kernel serves this call.
+
+        The arguments are not checked yet: whatever is unusual is left to the ordinary way, which names what is wrong.
+        """
+        return None
+
+    def _read_layer(self, read: plan.Reading) -> Any:
+        """What the kernel of :meth:`step` takes as its layer, everything that it depends on read through ``read``."""
+        raise NotImplementedError(f"{type(self).__name__} has no one-token kernel")
+
+    def _step_layer(self, x: Tensor) -> Any:
+        """The layer as the kernel takes it; None where the kernel cannot serve ``x``."""
+        return self._steps.layer(self._read_layer, x.shape[0]) if plan.serves(x, self.dim) else None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # moved weights leave their old memory
+        self._steps.clear()
+        return super()._apply(*args, **kwargs)
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """The state before any token."""
@@ -174,6 +209,7 @@ class Mixer(nn.Module):
                 )
             if cu_seqlens is not None:
                 raise ValueError("packed sequences have no padding: give cu_seqlens or mask, not both")
+        check_cu_seqlens(cu_seqlens, x)
         if positions is not None:
             if not self.uses_positions:
                 raise ValueError(f"{type(self).__name__} uses no positions; embedding positions belong to the model")

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.layers.norms import build_norm, l2_normalize
+from subquad.kernels.steps import layouts, plan
+from subquad.layers.norms import FloatRMSNorm, build_norm, l2_normalize
 from subquad.layers.registry import unknown_name
 from subquad.layers.short_convolution import ConvolutionTails, QKVConvolutions
-from subquad.mixers.contract import RecurrentMixer, Request, keep_mask, silence, wide
+from subquad.mixers.contract import MixerOutput, RecurrentMixer, Request, keep_mask, silence, wide
+from subquad.mixers.steps import fits_tails, read_convolutions
 from subquad.ops import delta_product, delta_rule, gated_delta_rule
 
 QK_ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "elu+1": lambda x: F.elu(x) + 1, "identity": lambda x: x}
@@ -141,6 +143,53 @@ class DeltaNet(RecurrentMixer):
             initial_state=None if request.state is None else request.state.state,
             return_state=request.use_state,
             cu_seqlens=request.cu_seqlens,
+        )
+
+    def step(self, x: Tensor, state: DeltaState, positions: Tensor | None) -> MixerOutput | None:
+        layer, rows = self._step_layer(x), x.shape[0]
+        if layer is None or positions is not None or type(state) is not DeltaState:
+            return None
+        fits = plan.fits(state.state, rows, self.num_value_heads, self.head_k_dim, self.head_v_dim)
+        if not fits or not fits_tails(state.tails, layer, rows):
+            return None
+        results = plan.run("delta", layer, x, (state.state, *state.tails))
+        if results is None:
+            return None
+        return MixerOutput(results[0], DeltaState(results[1], ConvolutionTails(*results[2:])), {})
+
+    def _read_layer(self, read: plan.Reading) -> layouts.Delta:
+        names = ("num_heads", "num_value_heads", "dim", "head_k_dim", "head_v_dim", "largest_beta")
+        heads, value_heads, dim, head_k_dim, head_v_dim, largest_beta = (read.value(self, name) for name in names)
+        key_dim, value_dim = heads * head_k_dim, value_heads * head_v_dim
+        read.require(type(self) in (DeltaNet, GatedDeltaNet))
+        read.require(read.value(self, "activation") is F.silu and read.value(self, "normalize") is l2_normalize)
+        norm = read.child(self, "o_norm", FloatRMSNorm)
+        convolutions = read.child(self, "convolutions", QKVConvolutions)
+        taps = read_convolutions(read, convolutions, None, key_dim, key_dim, value_dim)
+        forget, rate_log, bias = layouts.nothing(2), layouts.nothing(1), layouts.nothing(1)
+        if type(self) is GatedDeltaNet:
+            gate = read.child(self, "gate", ForgetGate)
+            forget = read.linear(gate, "proj", value_heads, dim)
+            rate_log, bias = read.tensor(gate, "A_log", value_heads), read.tensor(gate, "dt_bias", value_heads)
+        return layouts.Delta(
+            q=read.linear(self, "q_proj", key_dim, dim),
+            k=read.linear(self, "k_proj", key_dim, dim),
+            v=read.linear(self, "v_proj", value_dim, dim),
+            beta=read.linear(self, "b_proj", value_heads, dim),
+            gate=layouts.nothing(2) if read.absent(self, "g_proj") else read.linear(self, "g_proj", value_dim, dim),
+            forget=forget,
+            forget_rate_log=rate_log,
+            forget_bias=bias,
+            o=read.linear(self, "o_proj", dim, value_dim),
+            q_taps=taps[0],
+            k_taps=taps[1],
+            v_taps=taps[2],
+            norm_weight=read.tensor(norm, "weight", head_v_dim),
+            norm_eps=read.value(norm, "eps"),
+            largest_beta=largest_beta,
+            heads=value_heads,
+            width=head_k_dim,
+            columns=head_v_dim,
         )
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> DeltaState:

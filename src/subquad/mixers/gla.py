@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.layers.norms import build_norm
+from subquad.kernels.steps import layouts, plan
+from subquad.layers.norms import FloatRMSNorm, build_norm
 from subquad.layers.short_convolution import ConvolutionTails, QKVConvolutions
-from subquad.mixers.contract import RecurrentMixer, Request, keep_mask, silence, wide
+from subquad.mixers.contract import MixerOutput, RecurrentMixer, Request, keep_mask, silence, wide
+from subquad.mixers.steps import fits_tails, read_convolutions
 from subquad.ops import gla
 
 
@@ -102,6 +104,50 @@ class GatedLinearAttention(RecurrentMixer):
         gate = F.silu(self.g_proj(x)).unflatten(-1, (-1, self.head_v_dim))
         output: Tensor = self.o_proj((self.o_norm(o) * gate).flatten(-2))
         return output, GLAState(state, tails)  # type: ignore[arg-type]
+
+    def step(self, x: Tensor, state: GLAState, positions: Tensor | None) -> MixerOutput | None:
+        layer, rows = self._step_layer(x), x.shape[0]
+        if layer is None or positions is not None or type(state) is not GLAState:
+            return None
+        fits = plan.fits(state.state, rows, self.num_heads, self.head_k_dim, self.head_v_dim)
+        if not fits or not fits_tails(state.tails, layer, rows):
+            return None
+        results = plan.run("gla", layer, x, (state.state, *state.tails))
+        if results is None:
+            return None
+        return MixerOutput(results[0], GLAState(results[1], ConvolutionTails(*results[2:])), {})
+
+    def _read_layer(self, read: plan.Reading) -> layouts.GLA:
+        names = ("num_heads", "num_key_value_heads", "dim", "head_k_dim", "head_v_dim", "gate_temperature")
+        heads, groups, dim, head_k_dim, head_v_dim, temperature = (read.value(self, name) for name in names)
+        read.require(type(self) is GatedLinearAttention)
+        norm = read.child(self, "o_norm", FloatRMSNorm)
+        forget = read.child(self, "gk_proj", nn.Sequential)
+        read.require(len(forget) == 2)
+        high = read.child(forget, "1", nn.Linear)
+        rank = read.value(high, "in_features")
+        convolutions = read.child(self, "convolutions", QKVConvolutions)
+        channels = heads * head_k_dim, groups * head_k_dim, groups * head_v_dim
+        taps = read_convolutions(read, convolutions, "silu", *channels)
+        return layouts.GLA(
+            q=read.linear(self, "q_proj", heads * head_k_dim, dim),
+            k=read.linear(self, "k_proj", groups * head_k_dim, dim),
+            v=read.linear(self, "v_proj", groups * head_v_dim, dim),
+            gate=read.linear(self, "g_proj", heads * head_v_dim, dim),
+            forget_low=read.linear(forget, "0", rank, dim),
+            forget_high=read.tensor(high, "weight", groups * head_k_dim, rank),
+            forget_bias=read.tensor(high, "bias", groups * head_k_dim),
+            o=read.linear(self, "o_proj", dim, heads * head_v_dim),
+            q_taps=taps[0],
+            k_taps=taps[1],
+            v_taps=taps[2],
+            norm_weight=read.tensor(norm, "weight", head_v_dim),
+            norm_eps=read.value(norm, "eps"),
+            temperature=temperature,
+            heads=heads,
+            width=head_k_dim,
+            columns=head_v_dim,
+        )
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> GLAState:
         state = torch.zeros(batch, self.num_heads, self.head_k_dim, self.head_v_dim, device=device)

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.layers.feature_maps import feature_map
-from subquad.layers.norms import build_norm
+from subquad.kernels.steps import layouts, plan
+from subquad.layers.feature_maps import FEATURE_MAPS, feature_map
+from subquad.layers.norms import FloatLayerNorm, FloatRMSNorm, SimpleRMSNorm, build_norm
 from subquad.layers.registry import unknown_name
-from subquad.mixers.contract import PositionedState, RecurrentMixer, Request, count_tokens, wide
+from subquad.mixers.contract import MixerOutput, PositionedState, RecurrentMixer, Request, count_tokens, wide
 from subquad.mixers.retention import check_slopes, decayed_attention
+from subquad.mixers.steps import fits_positions
 from subquad.ops import lightning_slopes, window_slopes
 from subquad.positions.lrpe import LRPE
 
@@ -99,6 +101,61 @@ class LightningAttention(RecurrentMixer):
         o = (self.o_norm(o).flatten(-2) if self.per_head else self.o_norm(o.flatten(-2))).to(x.dtype)
         output: Tensor = self.o_proj(o if self.gate_proj is None else o * self.gate_proj(x))
         return output, PositionedState(state, seen)
+
+    def step(self, x: Tensor, state: PositionedState, positions: Tensor | None) -> MixerOutput | None:
+        layer = self._step_layer(x)
+        if layer is None or not fits_positions(x, state, positions, self.num_heads, self.head_dim, self.head_dim):
+            return None
+        results = plan.run("lightning", layer, x, state)
+        return None if results is None else MixerOutput(results[0], PositionedState(results[1], results[2]), {})
+
+    def _read_layer(self, read: plan.Reading) -> layouts.Lightning:
+        heads, dim, width = (read.value(self, name) for name in ("num_heads", "dim", "head_dim"))
+        values = read.value(self, "value_activation")
+        read.require(type(self) is LightningAttention and read.absent(self, "lrpe"))
+        read.require(values in (FEATURE_MAPS["silu"], FEATURE_MAPS["identity"]))
+        gate, gate_high = layouts.nothing(2), layouts.nothing(2)
+        if not read.absent(self, "gate_proj"):
+            if type(self.gate_proj) is nn.Linear:
+                gate = read.linear(self, "gate_proj", dim, dim)
+            else:
+                factors = read.child(self, "gate_proj", nn.Sequential)
+                read.require(len(factors) == 3)
+                gate, gate_high = read.linear(factors, "0", width, dim), read.linear(factors, "1", dim, width)
+                read.child(factors, "2", nn.Sigmoid)
+        norm, norm_weight, norm_bias, norm_eps = self._read_norm(read, dim, width)
+        return layouts.Lightning(
+            q=read.linear(self, "q_proj", dim, dim),
+            k=read.linear(self, "k_proj", dim, dim),
+            v=read.linear(self, "v_proj", dim, dim),
+            gate=gate,
+            gate_high=gate_high,
+            o=read.linear(self, "o_proj", dim, dim),
+            slope=read.tensor(self, "slope", heads),
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            norm=norm,
+            norm_eps=norm_eps,
+            silu_values=values is FEATURE_MAPS["silu"],
+            heads=heads,
+            width=width,
+        )
+
+    def _read_norm(self, read: plan.Reading, dim: int, width: int) -> tuple[int, layouts.Array, layouts.Array, float]:
+        kind, weight, bias = type(self.o_norm), layouts.nothing(1), layouts.nothing(1)
+        norm = read.child(self, "o_norm", kind)
+        if kind is nn.Identity:
+            return layouts.NO_NORM, weight, bias, 0.0
+        eps = read.value(norm, "eps")
+        if kind is SimpleRMSNorm:
+            return layouts.SIMPLE_RMS, weight, bias, eps
+        read.require(kind in (FloatLayerNorm, FloatRMSNorm))
+        per_head = read.value(self, "per_head")
+        weight = read.tensor(norm, "weight", width if per_head else dim)
+        if kind is FloatRMSNorm:
+            return layouts.RMS, weight, bias, eps
+        read.require(not per_head)
+        return layouts.LAYER, weight, read.tensor(norm, "bias", dim), eps
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> PositionedState:
         width = self.head_dim * (1 if self.lrpe is None else 2)

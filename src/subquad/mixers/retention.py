@@ -4,8 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.layers.norms import build_norm
-from subquad.mixers.contract import PositionedState, RecurrentMixer, Request, count_tokens, keep_mask, silence
+from subquad.kernels.steps import layouts, plan
+from subquad.layers.norms import FloatRMSNorm, build_norm
+from subquad.mixers.contract import (
+    MixerOutput,
+    PositionedState,
+    RecurrentMixer,
+    Request,
+    count_tokens,
+    keep_mask,
+    silence,
+)
+from subquad.mixers.steps import fits_positions
 from subquad.ops import lightning_attention, retention_slopes, simple_gla
 from subquad.positions.rope import apply_rope
 
@@ -63,6 +73,35 @@ class Retention(RecurrentMixer):
         gate = F.silu(self.g_proj(x)).unflatten(-1, (-1, self.head_v_dim))
         output: Tensor = self.o_proj((self.o_norm(o) * gate).flatten(-2))
         return output, PositionedState(state, seen)
+
+    def step(self, x: Tensor, state: PositionedState, positions: Tensor | None) -> MixerOutput | None:
+        layer = self._step_layer(x)
+        if layer is None or not fits_positions(x, state, positions, self.num_heads, self.head_k_dim, self.head_v_dim):
+            return None
+        places = state.seen if positions is None else positions
+        results = plan.run("retention", layer, x, state, places.data_ptr())
+        return None if results is None else MixerOutput(results[0], PositionedState(results[1], results[2]), {})
+
+    def _read_layer(self, read: plan.Reading) -> layouts.Retention:
+        names = ("num_heads", "dim", "head_k_dim", "head_v_dim", "rope_base")
+        heads, dim, head_k_dim, head_v_dim, rope_base = (read.value(self, name) for name in names)
+        read.require(type(self) is Retention)
+        key_dim, value_dim = heads * head_k_dim, heads * head_v_dim
+        norm = read.child(self, "o_norm", FloatRMSNorm)
+        return layouts.Retention(
+            q=read.linear(self, "q_proj", key_dim, dim),
+            k=read.linear(self, "k_proj", key_dim, dim),
+            v=read.linear(self, "v_proj", value_dim, dim),
+            gate=read.linear(self, "g_proj", value_dim, dim),
+            o=read.linear(self, "o_proj", dim, value_dim),
+            slope=read.tensor(self, "slope", heads),
+            rates=(rope_base ** (-torch.arange(0, head_k_dim, 2, dtype=torch.float32) / head_k_dim)).numpy(),
+            norm_weight=read.tensor(norm, "weight", head_v_dim),
+            norm_eps=read.value(norm, "eps"),
+            heads=heads,
+            width=head_k_dim,
+            columns=head_v_dim,
+        )
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> PositionedState:
         state = torch.zeros(batch, self.num_heads, self.head_k_dim, self.head_v_dim, device=device)
