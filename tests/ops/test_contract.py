@@ -73,8 +73,7 @@ def test_values_out_of_range_are_refused(name, backend):
         ({"cu_seqlens": torch.tensor([0, 20])}, ValueError, "batch of 1"),
     ],
 )
-def test_wrong_options_get_a_sentence(name, options, error, message, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_wrong_options_get_a_sentence(name, options, error, message):
     with pytest.raises(error, match=message):
         CASES[name].op(*arguments(name), **options)
 

@@ -80,7 +80,7 @@ def gated_delta_rule(
         >>> k = torch.ones(1, 2, 1, 1)
         >>> v = torch.tensor([4.0, 0.0]).view(1, 2, 1, 1)
         >>> half = torch.full((1, 2, 1), 0.5)
-        >>> gated_delta_rule(k, k, v, half.log(), half)[0].flatten().tolist()
+        >>> gated_delta_rule(k, k, v, half.log(), half)[0].flatten().round(decimals=4).tolist()
         [2.0, 0.5]
     """
     contract.check_qkv(q, k, v)

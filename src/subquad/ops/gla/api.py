@@ -44,7 +44,7 @@ def gla(
     Example:
         >>> import torch
         >>> q = k = v = torch.ones(1, 3, 1, 1)
-        >>> gla(q, k, v, torch.full((1, 3, 1, 1), 0.5).log())[0].flatten().tolist()
+        >>> gla(q, k, v, torch.full((1, 3, 1, 1), 0.5).log())[0].flatten().round(decimals=4).tolist()
         [1.0, 1.5, 1.75]
     """
     contract.check_qkv(q, k, v)
@@ -99,7 +99,7 @@ def simple_gla(
     Example:
         >>> import torch
         >>> q = k = v = torch.ones(1, 3, 1, 1)
-        >>> simple_gla(q, k, v, torch.full((1, 3, 1), 0.5).log())[0].flatten().tolist()
+        >>> simple_gla(q, k, v, torch.full((1, 3, 1), 0.5).log())[0].flatten().round(decimals=4).tolist()
         [1.0, 1.5, 1.75]
     """
     contract.check_qkv(q, k, v)
