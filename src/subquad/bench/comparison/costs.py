@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from subquad.evaluation.memory import prefill_memory
-from subquad.evaluation.throughput import context_cost
+from subquad.evaluation.throughput import ContextCost, context_cost
 from subquad.models import SubquadConfig, SubquadForCausalLM
 
 Report = Callable[[int], None]
@@ -34,19 +34,17 @@ def speed(
     model = build_model(fields, 0).eval()
     context_cost(model, min(64, contexts[0]), decode_tokens=2, repeats=1)
     began = time.perf_counter()
-    costs: list[dict[str, Any]] = []
-    last = 0.0
+    costs: list[ContextCost] = []
     for number, length in enumerate(contexts):
-        foretold = last * (length / contexts[number - 1]) ** 2 if costs else 0.0
-        if foretold > seconds - (time.perf_counter() - began):
-            break
-        share = max(0.2, seconds / (4 * len(contexts)))
-        started = time.perf_counter()
-        cost = context_cost(model, length, decode_tokens=decode_tokens, enough_seconds=share)
-        last = time.perf_counter() - started
-        costs.append(asdict(cost))
+        if costs:
+            longer = length / costs[-1].length
+            foretold = 2 * min(costs[-1].prefill_seconds) * longer**2 + sum(costs[-1].decode_seconds) * longer
+            if foretold > seconds - (time.perf_counter() - began):
+                break
+        share = seconds / (4 * len(contexts))
+        costs.append(context_cost(model, length, decode_tokens=decode_tokens, enough_seconds=share))
         report(number + 1)
-    return {"costs": costs, "left_out": contexts[len(costs) :]}
+    return {"costs": [asdict(cost) for cost in costs], "left_out": contexts[len(costs) :]}
 
 
 def memory(report: Report, *, fields: dict[str, Any], contexts: list[int], threads: int) -> dict[str, Any]:

@@ -139,6 +139,7 @@ class CompareSettings:
             "parameters": 127_000,
             "hidden_size": 64,
             "layers": 2,
+            "recall": RecallSettings(steps=240),
         }
         return cls(**{**usual, **changes})
 

@@ -171,11 +171,14 @@ def calibrate(
 ) -> dict[str, float | None]:
     """Compiles whatever a candidate's trainings need, then times a few steps of each kind."""
     times: dict[str, float | None] = {}
-    for kind, function, arguments in (("text", train_text, training_job), ("recall", train_recall, recall_job)):
+    for kind, function, arguments, steps in (
+        ("text", train_text, training_job, 8),
+        ("recall", train_recall, recall_job, 16),
+    ):
         if arguments is None:
             continue
-        function(lambda done: None, **arguments, steps=4)  # type: ignore[operator]
-        measured = function(lambda done: None, **arguments, steps=6)  # type: ignore[operator]
+        function(lambda done: None, **arguments, steps=4)
+        measured = function(lambda done: None, **arguments, steps=steps)
         times[f"{kind}_step"], times[f"{kind}_other"] = measured["step_seconds"], measured["other_seconds"]
         report(len(times) // 2)
     return times

@@ -134,7 +134,8 @@ def _state(comparison: Comparison) -> list[str]:
     if length is None or comparison.settings.contexts[0] == length:
         return []
     first = next(n for n in comparison.settings.contexts if all(_at(c, n) for c in comparison.candidates))
-    grows, stays = [], []
+    grows: list[tuple[str, ContextFigures]] = []
+    stays: list[tuple[str, ContextFigures]] = []
     for candidate in comparison.candidates:
         early, late = _figures(candidate, first), _figures(candidate, length)
         (grows if late.state_bytes > early.state_bytes else stays).append((candidate.name, late))
@@ -170,7 +171,8 @@ def _beyond_context(comparison: Comparison, ranked: list[CandidateResult]) -> li
     if not multiples:
         return ["Loss beyond the training context was not measured: the held-out text is too short."]
     far, context = multiples[-1], comparison.settings.context
-    keeps, loses = [], []
+    keeps: list[tuple[str, float]] = []
+    loses: list[tuple[str, float]] = []
     for candidate in ranked:
         near, beyond = candidate.extrapolation[1], candidate.extrapolation[far]
         rise = beyond.mean - near.mean

@@ -18,7 +18,7 @@ from subquad.evaluation.report import bytes_text, count_text, length_text, secon
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*X<>"
 DASHES = ("-", "--", ":", "-.")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -280,7 +280,8 @@ def _context_plot(
 ) -> Plot | None:
     figure, axes = _figure()
     styles = _styles(comparison)
-    said, lengths = [], set()
+    said: list[str] = []
+    lengths: set[int] = set()
     for candidate in comparison.candidates:
         known = [(figures.length, value(figures), figures) for figures in candidate.contexts]
         known = [entry for entry in known if entry[1] is not None]
