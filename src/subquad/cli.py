@@ -117,7 +117,8 @@ def compare(
             **({} if contexts is None else {"contexts": _list_of(contexts, int)}),
         )
     console.print(result.table())
-    console.print(result.verdict)
+    for statement in result.verdict:
+        console.print(str(statement), highlight=False)
     console.print(f"report: {(out / 'report.html').resolve()}", soft_wrap=True)
 
 

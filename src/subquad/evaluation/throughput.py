@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +55,8 @@ def context_cost(
     decode: list[float] = []
     token = tokens[:, -1:]
     for _ in range(decode_tokens):
-        seconds, output = _timed(lambda token=token, cache=cache: _step(model, token, cache), wait)
+        seconds, (token, cache) = _timed(partial(_step, model, token, cache), wait)
         decode.append(seconds)
-        token, cache = output
     return ContextCost(length, tuple(prefill), tuple(decode), state_bytes)
 
 

@@ -24,7 +24,7 @@ from subquad.evaluation.recall import recall_accuracy
 WARMUP_SHARE = 0.3
 RECALL_WARMUP_SHARE = 0.7  # found while the rate still rises, or late: the step from guessing to looking up
 CURVE_POINTS = 100
-VALID_TOKENS, TEST_TOKENS = 8192, 65_536
+VALID_TOKENS, TEST_TOKENS = 8192, 32_768
 EXTRAPOLATION = (1, 2, 4)
 BLOCKS_PER_CONTEXT = 4
 QUIET = Console(quiet=True)

@@ -233,8 +233,9 @@ def _attend(
 def _torch_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, *, is_causal: bool
 ) -> Tensor:
-    # contiguous (B, H, T, K): torch's CPU kernel is half as fast on the strided view
-    query, key, value = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    if q.shape[1] > 1:  # torch's CPU kernel is half as fast on the strided view; for one query a copy costs more
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible, is_causal=is_causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
     )
