@@ -8,7 +8,8 @@ from torch import Tensor
 def check_gates(log_decay: Tensor | None, beta: Tensor | None, value_log_decay: Tensor | None = None) -> None:
     """Refuses gates outside the recurrence's range. NaN passes: it stays in its row."""
     for name, gate in (("log_decay", log_decay), ("value_log_decay", value_log_decay)):
-        if gate is not None and bool((gate > 0).any()):
+        # the maximum is one pass without a temporary; it is NaN where any gate is, and then decides nothing
+        if gate is not None and not bool(gate.max() <= 0) and bool((gate > 0).any()):
             largest = float(gate.nan_to_num(0.0).max())
             raise ValueError(f"{name} must be at most 0 (a decay of at most 1); its largest value is {largest:.4g}")
     if beta is not None and bool(((beta < 0) | (beta > 2)).any()):
