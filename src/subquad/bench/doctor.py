@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subquad import ops
+from subquad.bench.machine import blas_libraries
 from subquad.kernels import backends
 
 TOLERANCE = 1e-4  # of the largest value, float32 against float64
@@ -57,14 +58,7 @@ def _blas() -> list[Finding]:
     """Which matrix kernels numba's calls reach: scipy's OpenBLAS."""
     if importlib.util.find_spec("scipy") is None:
         return [Finding("BLAS", "problem", "scipy is not installed; the CPU kernels call its BLAS")]
-    import scipy.linalg.blas  # noqa: F401  (loads the library that is asked about)
-    from threadpoolctl import threadpool_info
-
-    found = [
-        Finding("BLAS", "ok", f"{pool['internal_api']} {pool.get('version')} {pool.get('architecture', '')}".strip())
-        for pool in threadpool_info()
-        if pool["user_api"] == "blas"
-    ]
+    found = [Finding("BLAS", "ok", library) for library in blas_libraries()]
     preset = os.environ.get("OPENBLAS_CORETYPE")
     if preset:
         advice = f"preset to {preset}: it may hide this processor's faster matrix kernels; unset it to compare"

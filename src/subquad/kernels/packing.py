@@ -1,4 +1,4 @@
-"""Sequences of different lengths, packed one after another, as a few padded batches.
+"""Sequences of different lengths, packed one after another: where each token lies, and a few padded batches of them.
 
 Sequences whose lengths round up to the same power of two share a batch, so padding at most doubles the work.
 """
@@ -18,6 +18,27 @@ class Group(NamedTuple):
     sequences: Tensor  # (G,) their numbers
     tokens: Tensor  # (G, L) positions in the packed axis; padding points at token 0
     real: Tensor  # (G, L) bool
+
+
+class Places(NamedTuple):
+    """Of packed tokens ``(T,)``: the number of each one's sequence, and its place in it. Sizes are ``(N,)``."""
+
+    sequence: Tensor
+    place: Tensor
+    sizes: Tensor
+
+
+def locate(cu_seqlens: Tensor, length: int) -> Places:
+    """Where ``length`` packed tokens lie; no value is read, so graphs can be traced.
+
+    Example:
+        >>> locate(torch.tensor([0, 2, 2, 5]), 5).place.tolist()
+        [0, 1, 0, 1, 2]
+    """
+    offsets = cu_seqlens.to(torch.int64)
+    at = torch.arange(length, device=offsets.device)
+    sequence = torch.searchsorted(offsets[1:].contiguous(), at, right=True)
+    return Places(sequence, at - offsets[sequence], offsets[1:] - offsets[:-1])
 
 
 def by_length(offsets: Sequence[int], device: torch.device) -> Iterator[Group]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from subquad.kernels.packing import locate
 from subquad.kernels.steps import plan
 from subquad.ops._contract import check_cu_seqlens
 
@@ -291,17 +292,14 @@ def count_tokens(x: Tensor, lengths: Tensor | None, request: Request, seen: Tens
 
     ``seen`` is the number before x. With packed sequences each counts from its own.
     """
-    time = torch.arange(x.shape[1], device=x.device)
     if request.cu_seqlens is not None:
-        offsets = request.cu_seqlens.to(torch.int64)
-        sizes = offsets[1:] - offsets[:-1]
+        sequence, place, sizes = locate(request.cu_seqlens, x.shape[1])
         before = torch.zeros_like(sizes) if seen is None else seen
-        sequence = torch.searchsorted(offsets[1:].contiguous(), time, right=True)
-        counted = (time - offsets[sequence] + before[sequence])[None]
+        counted = (place + before[sequence])[None]
     else:
         sizes = torch.full((x.shape[0],), x.shape[1], device=x.device) if lengths is None else lengths
         before = torch.zeros_like(sizes) if seen is None else seen
-        counted = before[:, None] + time
+        counted = before[:, None] + torch.arange(x.shape[1], device=x.device)
     positions = counted if request.positions is None else request.positions
     return positions, before + sizes
 

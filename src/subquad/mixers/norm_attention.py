@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.kernels.packing import locate
 from subquad.layers.feature_maps import feature_map as get_feature_map
 from subquad.layers.norms import build_norm
 from subquad.layers.registry import unknown_name
@@ -228,11 +229,7 @@ class DiagAttention(RecurrentMixer):
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, BlockState]:
         """Packed sequences as rows of one padded batch: blocks restart with each sequence."""
         assert request.cu_seqlens is not None
-        offsets = request.cu_seqlens.to(torch.int64)
-        sizes = offsets[1:] - offsets[:-1]
-        time = torch.arange(q.shape[1], device=q.device)
-        row = torch.searchsorted(offsets[1:].contiguous(), time, right=True)
-        column = time - offsets[row]
+        row, column, sizes = locate(request.cu_seqlens, q.shape[1])
         longest = int(sizes.max())
         q, k, v = (x.new_zeros(len(sizes), longest, *x.shape[2:]).index_put((row, column), x[0]) for x in (q, k, v))
         o, state = self._in_blocks(q, k, v, sizes, request.state)

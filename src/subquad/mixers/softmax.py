@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from subquad.kernels.packing import locate
 from subquad.layers.norms import build_norm
 from subquad.mixers.contract import Mixer, MixerOutput, Pattern, Request
 from subquad.ops import SoftmaxState, softmax_attention
@@ -108,12 +109,10 @@ class SoftmaxAttention(Mixer):
     def _positions(self, x: Tensor, request: Request) -> Tensor:
         if request.positions is not None:
             return request.positions
-        time = torch.arange(x.shape[1], device=x.device)
         if request.cu_seqlens is not None:
-            offsets = request.cu_seqlens.to(torch.int64)
-            sequence = torch.searchsorted(offsets[1:].contiguous(), time, right=True)
-            start = self._seen(request.state, len(offsets) - 1, x)
-            return (time - offsets[sequence] + start[sequence])[None]
+            sequence, place, sizes = locate(request.cu_seqlens, x.shape[1])
+            return (place + self._seen(request.state, len(sizes), x)[sequence])[None]
+        time = torch.arange(x.shape[1], device=x.device)
         counted = time.expand(x.shape[0], -1) if request.mask is None else (request.mask.cumsum(1) - 1).clamp(min=0)
         return counted + self._seen(request.state, x.shape[0], x)[:, None]
 

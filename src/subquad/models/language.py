@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from subquad import feedforward, mixers
 from subquad.blocks import Block
+from subquad.kernels.packing import locate
 from subquad.layers.chunked_loss import CHUNK_ELEMENTS, IGNORED, linear_cross_entropy
 from subquad.layers.norms import build_norm
 from subquad.mixers.contract import Mixer
@@ -312,12 +313,10 @@ class SubquadModel(SubquadPreTrainedModel):
     @staticmethod
     def _count(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, earlier: int) -> Tensor:
         """Each token's place among its row's real tokens. Earlier columns outside the mask were all real."""
-        time = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is not None:
-            offsets = cu_seqlens.to(torch.int64)
-            return (time - offsets[torch.searchsorted(offsets[1:].contiguous(), time, right=True)])[None]
+            return locate(cu_seqlens, x.shape[1]).place[None]
         if attention_mask is None:
-            return (earlier + time).expand(x.shape[0], -1)
+            return (earlier + torch.arange(x.shape[1], device=x.device)).expand(x.shape[0], -1)
         counted = ((attention_mask != 0).cumsum(1) - 1).clamp(min=0)
         covered = attention_mask.shape[1] == earlier + x.shape[1]
         return counted[:, -x.shape[1] :] + (0 if covered else earlier)

@@ -14,7 +14,6 @@ from rich.console import Console
 from subquad import tasks
 from subquad.bench.comparison.candidates import recall_model
 from subquad.bench.comparison.folder import WORK, Kept, text_identity
-from subquad.bench.comparison.machine import available_cores, describe_machine, describe_versions
 from subquad.bench.comparison.pool import Job, Pool
 from subquad.bench.comparison.progress import Display
 from subquad.bench.comparison.results import CandidateResult, Comparison
@@ -36,6 +35,7 @@ from subquad.bench.comparison.schedule import (
 from subquad.bench.comparison.settings import CompareSettings, RecallSettings
 from subquad.bench.comparison.trainings import save_text
 from subquad.bench.comparison.verdict import verdict_of
+from subquad.bench.machine import available_cores, describe_machine, describe_versions
 from subquad.evaluation.report import length_text, listed
 
 SAVE_EVERY_SECONDS = 20.0

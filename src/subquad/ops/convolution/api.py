@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import backends
+from subquad.kernels import backends, packing
 from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
 from subquad.ops.convolution.reference import short_convolution_reference
@@ -107,11 +107,8 @@ def _last_tokens(padded: Tensor, count: int, lengths: Tensor | None) -> Tensor:
 def _packed(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    before, time = weight.shape[1] - 1, x.shape[1]
-    at = torch.arange(time, device=x.device)
-    offsets = cu_seqlens.to(torch.int64)
-    sequence = torch.searchsorted(offsets[1:].contiguous(), at, right=True)
-    place = at - offsets[sequence]
+    before = weight.shape[1] - 1
+    sequence, place, sizes = packing.locate(cu_seqlens, x.shape[1])
     shifted = []
     for back in range(before, 0, -1):
         earlier = (before - back + place).clamp(max=before - 1)
@@ -120,7 +117,7 @@ def _packed(
         shifted.append(torch.where((place >= back)[:, None], inside, from_state)[None])
     output = _taps([*shifted, x], weight, bias)
     # state: place `before` tokens earlier of each sequence's end, reaching into the initial state where it is short
-    ends, lengths = offsets[1:, None], (offsets[1:] - offsets[:-1])[:, None]
+    ends, lengths = cu_seqlens[1:, None].to(torch.int64), sizes[:, None]
     step = torch.arange(before, device=x.device)
     from_end = before - step
     inside = x[0][(ends - from_end).clamp(min=0)]

@@ -13,22 +13,27 @@ PACKAGES = ("subquad", "torch", "numpy", "scipy", "numba", "transformers", "acce
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores that this process may use, memory, BLAS, GPU, and the backend setting."""
-    import scipy.linalg.blas  # noqa: F401  (loads the library that is asked about)
-    from threadpoolctl import threadpool_info
-
     return {
         "processor": processor_name(),
         "cores": available_cores(),
         "memory_bytes": _memory_bytes(),
         "system": platform.platform(),
-        "blas": [
-            f"{pool['internal_api']} {pool.get('version')} {pool.get('architecture', '')}".strip()
-            for pool in threadpool_info()
-            if pool["user_api"] == "blas"
-        ],
+        "blas": blas_libraries(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backend": os.environ.get("SUBQUAD_BACKEND", "auto"),
     }
+
+
+def blas_libraries() -> list[str]:
+    """The BLAS libraries of this process and the matrix kernels they run, scipy's among them."""
+    import scipy.linalg.blas  # noqa: F401  (loads the library that is asked about)
+    from threadpoolctl import threadpool_info
+
+    return [
+        f"{pool['internal_api']} {pool.get('version')} {pool.get('architecture', '')}".strip()
+        for pool in threadpool_info()
+        if pool["user_api"] == "blas"
+    ]
 
 
 def describe_versions() -> dict[str, str]:
