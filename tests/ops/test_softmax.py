@@ -157,3 +157,41 @@ def test_bad_shapes_get_a_sentence():
     empty = SoftmaxState(k[:1], v, torch.zeros(2, 29, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"initial_state\.keys"):
         softmax_attention(q, k, v, initial_state=empty)
+
+
+def decode(state, tokens):
+    outputs = []
+    for piece in zip(*(x.split(1, 1) for x in tokens)):
+        output, state = softmax_attention(*piece, initial_state=state, return_state=True)
+        outputs.append(output)
+    return torch.cat(outputs, 1), state
+
+
+@torch.no_grad()
+def test_a_cache_grows_in_place_and_a_second_continuation_copies():
+    q, k, v = draw()
+    _, state = softmax_attention(q[:, :9], k[:, :9], v[:, :9], return_state=True)
+    _, state = decode(state, [x[:, 9:10] for x in (q, k, v)])
+    places = [x.data_ptr() for x in state]
+    first, after = decode(state, [x[:, 10:] for x in (q, k, v)])
+    assert [x.data_ptr() for x in after] == places
+    torch.testing.assert_close(first, softmax_attention(q, k, v)[0][:, 10:])
+    other = [torch.cat([x[:, :10], x[:, 10:].flip(1)], 1) for x in (q, k, v)]
+    second, elsewhere = decode(state, [x[:, 10:] for x in other])
+    torch.testing.assert_close(second, softmax_attention(*other)[0][:, 10:])
+    assert elsewhere.keys.data_ptr() != places[0]
+    torch.testing.assert_close(after.keys, k)
+    again, _ = decode(after, [x[:, :3] for x in (q, k, v)])
+    joined = [torch.cat([x, x[:, :3]], 1) for x in (q, k, v)]
+    torch.testing.assert_close(again, softmax_attention(*joined)[0][:, q.shape[1] :])
+
+
+def test_a_cache_grown_in_inference_mode_continues_outside_of_it():
+    q, k, v = draw()
+    with torch.inference_mode():
+        _, state = softmax_attention(q[:, :9], k[:, :9], v[:, :9], return_state=True)
+        _, state = decode(state, [x[:, 9:12] for x in (q, k, v)])
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            output, _ = decode(state, [x[:, 12:] for x in (q, k, v)])
+        torch.testing.assert_close(output, softmax_attention(q, k, v)[0][:, 12:])

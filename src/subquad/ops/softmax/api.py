@@ -13,6 +13,7 @@ from torch import Tensor
 from subquad.kernels import backends, packing
 from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
+from subquad.ops.softmax import growing
 from subquad.ops.softmax.reference import softmax_attention_reference
 
 QUERY_BLOCK = 256  # rows of scores held at once where the log-sum-exp is wanted
@@ -210,8 +211,11 @@ def _attend(
         start = state.positions.amax(dim=1, keepdim=True) + 1
         positions = torch.where(positions >= 0, positions + start, -1)
         query_positions = positions
-        k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)
-        positions = torch.cat([state.positions, positions], 1)
+        earlier = (state.keys.to(k.dtype), state.values.to(v.dtype), state.positions)
+        if sight.window_size is None:
+            k, v, positions = growing.append(earlier, (k, v, positions))
+        else:  # what leaves the window is dropped: nothing grows
+            k, v, positions = (torch.cat(pair, 1) for pair in zip(earlier, (k, v, positions)))
     unpadded = mask is None and (state is None or not state.keys.shape[1])
 
     if backend == "reference" or want_log_sum_exp:
