@@ -1,5 +1,6 @@
 """The command line. Every command is a call that can be made from Python; here arguments are read and results shown."""
 
+import itertools
 import json
 import os
 import re
@@ -357,7 +358,10 @@ def catalog_show(name: Annotated[str, typer.Argument(help="Number, slug or publi
 @answers_errors
 def doctor(
     compile: Annotated[
-        bool, typer.Option("--compile", help="Build every CPU kernel now, so that nothing compiles later.")
+        bool,
+        typer.Option(
+            "--compile", help="Build every CPU kernel now, one-token kernels too, so that nothing compiles later."
+        ),
     ] = False,
 ) -> None:
     """Say what works here: packages, backends, threads, BLAS, and every kernel against its definition.
@@ -371,10 +375,10 @@ def doctor(
     for finding in findings:
         console.print(f"[{colours[finding.state]}]{finding.state:>8}[/]  {finding.subject}: {_escape(finding.text)}")
     if compile:
-        console.print("building and testing the CPU kernels (half a minute the first time):")
+        console.print("building and testing the CPU kernels (a few minutes the first time):")
     else:
         console.print("testing the kernels:")
-    for finding, seconds in report.self_test():
+    for finding, seconds in itertools.chain(report.self_test(), report.step_test() if compile else ()):
         findings.append(finding)
         line = f"[{colours[finding.state]}]{finding.state:>8}[/]  {finding.subject}: {_escape(finding.text)}"
         console.print(f"{line}, {seconds:.1f} s")

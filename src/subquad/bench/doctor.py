@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad import ops
+from subquad import mixers, ops
 from subquad.bench.machine import blas_libraries
 from subquad.kernels import backends
+from subquad.mixers.contract import Mixer, Request
 
 TOLERANCE = 1e-4  # of the largest value, float32 against float64
 
@@ -55,9 +56,7 @@ def environment() -> list[Finding]:
 
 
 def _blas() -> list[Finding]:
-    """Which matrix kernels numba's calls reach: scipy's OpenBLAS."""
-    if importlib.util.find_spec("scipy") is None:
-        return [Finding("BLAS", "problem", "scipy is not installed; the CPU kernels call its BLAS")]
+    """The matrix libraries loaded here: torch multiplies by one, our kernels by none, benchmarks compare with one."""
     found = [Finding("BLAS", "ok", library) for library in blas_libraries()]
     preset = os.environ.get("OPENBLAS_CORETYPE")
     if preset:
@@ -101,6 +100,26 @@ def self_test(backend: str = "auto", device: str = "cpu") -> Iterator[tuple[Find
             continue
         state = "ok" if error <= TOLERANCE else "problem"
         yield Finding(name, state, f"largest error {error:.1e} of the largest value"), time.perf_counter() - started
+
+
+def step_test(dim: int = 32) -> Iterator[tuple[Finding, float]]:
+    """Every one-token kernel of a mixer against the ordinary way; yields a finding and its seconds."""
+    for name in mixers.available():
+        if mixers.mixer_class(name).step is Mixer.step:
+            continue
+        mixer, started = mixers.build(name, dim, num_heads=2).eval(), time.perf_counter()
+        x = _draw(2, 5, dim)
+        with torch.no_grad():
+            state = mixer(x, use_state=True).state
+            stepped = mixer.step(x[:, :1], state, None)
+            expected = mixer.mix(x[:, :1], None, Request(state=state, use_state=True)).output
+        if stepped is None:
+            finding = Finding(f"{name}, one token", "note", "no kernel serves it here; the ordinary way is taken")
+        else:
+            error = float((stepped.output - expected).abs().max() / expected.abs().max())
+            state_word = "ok" if error <= TOLERANCE else "problem"
+            finding = Finding(f"{name}, one token", state_word, f"largest error {error:.1e} of the largest value")
+        yield finding, time.perf_counter() - started
 
 
 def _largest_error(op: Callable[..., Any], arguments: tuple[Tensor, ...], backend: str, device: str) -> float:

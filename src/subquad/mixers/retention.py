@@ -17,7 +17,7 @@ from subquad.mixers.contract import (
 )
 from subquad.mixers.steps import fits_positions
 from subquad.ops import lightning_attention, retention_slopes, simple_gla
-from subquad.positions.rope import apply_rope
+from subquad.positions.rope import apply_rope, rope_rates
 
 
 class Retention(RecurrentMixer):
@@ -95,7 +95,7 @@ class Retention(RecurrentMixer):
             gate=read.linear(self, "g_proj", value_dim, dim),
             o=read.linear(self, "o_proj", dim, value_dim),
             slope=read.tensor(self, "slope", heads),
-            rates=(rope_base ** (-torch.arange(0, head_k_dim, 2, dtype=torch.float32) / head_k_dim)).numpy(),
+            rates=rope_rates(head_k_dim, rope_base).numpy(),
             norm_weight=read.tensor(norm, "weight", head_v_dim),
             norm_eps=read.value(norm, "eps"),
             heads=heads,

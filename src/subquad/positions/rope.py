@@ -4,6 +4,13 @@ import torch
 from torch import Tensor
 
 
+def rope_rates(
+    width: int, base: float, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Radians per position of each pair of channels, ``base^(-2c/K)``, ``(K / 2,)``."""
+    return base ** (-torch.arange(0, width, 2, dtype=dtype, device=device) / width)
+
+
 def apply_rope(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
     """Rotates pairs of channels (c, c + K/2) of x by ``position * base^(-2c/K)``.
 
@@ -24,8 +31,7 @@ def apply_rope(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
     if width % 2:
         raise ValueError(f"rotary embedding turns pairs of channels: the head width must be even; it is {width}")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rate = base ** (-torch.arange(0, width, 2, dtype=dtype, device=x.device) / width)
-    angle = (positions[..., None].to(dtype) * rate)[..., None, :]
+    angle = (positions[..., None].to(dtype) * rope_rates(width, base, dtype, x.device))[..., None, :]
     cos, sin = angle.cos(), angle.sin()
     first, second = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -52,7 +52,7 @@ def step(
         refuse("beta", f"of shape {tuple(beta.shape)}", f"{(batch, updates, heads)} is needed")
     out = torch.empty((batch, heads, columns))
     after = torch.empty((batch, heads, width, columns))
-    outside = _step(
+    outside = step_into(
         float32_array(q),
         float32_array(k),
         float32_array(v),
@@ -82,8 +82,12 @@ def _gates(log_decay: Tensor, batch: int, heads: int, width: int) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
-def _step(q, k, v, log_decay, beta, state, out, after, scale):
-    """Fill ``out`` and ``after``; return whether a gate is outside its range."""
+def step_into(q, k, v, log_decay, beta, state, out, after, scale):
+    """Fill ``out`` and ``after``; return whether a gate is outside its range. Called by the mixers' step kernels too.
+
+    ``q (B, H, K)``, ``k (B, n, H, K)``, ``v (B, n, H, V)``, ``log_decay (B or 1, H, K or 1)``, ``beta (B, n, H)``; an
+    absent gate is empty.
+    """
     batch, updates, heads, columns = v.shape
     width = q.shape[2]
     erase, outside = beta.shape[0] > 0, False

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from subquad.kernels.recurrence.cpu_step import _step
+from subquad.kernels.recurrence.cpu_step import step_into
 from subquad.kernels.steps import layouts
 from subquad.kernels.steps.pieces import (
     PIECE,
@@ -155,7 +155,7 @@ def recur(q, k, v, log_decay, beta, heads, width, columns, state, after, scale):
     """The state's update and its read ``(B, H V)``; heads of q, k, v that are fewer than ``heads`` are shared."""
     batch = q.shape[0]
     o = np.empty((batch, heads * columns), np.float32)
-    outside = _step(
+    outside = step_into(
         spread_heads(q, heads, width),
         spread_heads(k, heads, width).reshape((batch, 1, heads, width)),
         spread_heads(v, heads, columns).reshape((batch, 1, heads, columns)),
