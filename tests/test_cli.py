@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from subquad import SubquadConfig, SubquadForCausalLM, tasks
 from subquad.cli import app
 
-COMMANDS = ["compare", "train", "generate", "claims", "bench", "doctor", "catalog list", "catalog show"]
+COMMANDS = ["compare", "train", "generate", "claims", "bench", "analyze", "doctor", "catalog list", "catalog show"]
 
 
 def run(*arguments):

@@ -307,6 +307,48 @@ def generate(
     errors.print(f"{added} tokens in {seconds:.1f} s, {added / seconds:.1f} tokens/s")
 
 
+@app.command()
+@answers_errors
+def analyze(
+    model: Annotated[str | None, typer.Argument(help="Folder of a trained Subquad model; or give --mixers.")] = None,
+    mixers: Annotated[str | None, typer.Option(help="Untrained mixers: names with commas between, or 'all'.")] = None,
+    data: Annotated[list[Path] | None, typer.Option("--data", help="Text that the model reads.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens that are looked at, at most 1024.")] = 128,
+    dim: Annotated[int, typer.Option(help="Width of untrained mixers.")] = 64,
+    heads: Annotated[int, typer.Option(help="Heads of untrained mixers.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for analysis.html, its plots and figures.")] = Path("analysis"),
+) -> None:
+    """Write mixers as linear systems (L, B, C, D), rebuild their outputs, and lay state, decay and memory side by side.
+
+    Example: `subquad analyze --mixers softmax,gla,delta_net,mamba --out analysis`
+    """
+    from subquad import tasks
+    from subquad.bench import systems
+    from subquad.mixers import available
+
+    if (model is None) == (mixers is None):
+        raise ValueError("give a model's folder, or --mixers with names (or 'all')")
+    if mixers is not None:
+        if data:
+            raise ValueError("--data is what a model reads; untrained mixers look at noise")
+        names = available() if mixers.strip() == "all" else _list_of(mixers)
+        analysis = systems.analyze_mixers(names, dim=dim, num_heads=heads, tokens=tokens)
+    else:
+        from subquad.models import SubquadForCausalLM
+
+        if not Path(str(model)).is_dir():
+            raise ValueError(f"{model} is no folder; give the folder that holds config.json and the weights")
+        text = tasks.text_files(data) if data else tasks.source_text("tiny")
+        windows = next(iter(text.eval_windows("test", tokens, limit=2)))
+        analysis = systems.analyze_model(SubquadForCausalLM.from_pretrained(model), windows.inputs)
+    console.print(analysis.table())
+    for name, reason in analysis.refused.items():
+        console.print(f"[yellow]left out[/]  {_escape(name)}: {_escape(reason)}", highlight=False)
+    if not analysis.parts:
+        raise ValueError("none of these is a linear system")
+    console.print(f"report: {analysis.write(out).resolve()}", soft_wrap=True)
+
+
 @catalog_app.command("list")
 @answers_errors
 def catalog_list(

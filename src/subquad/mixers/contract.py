@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from subquad.kernels.packing import locate
 from subquad.kernels.steps import plan
 from subquad.ops._contract import check_cu_seqlens
+from subquad.ops.dynamics import System, Watch
 
 State = Any  # a NamedTuple of tensors whose first axis is the batch; each mixer has its own
 
@@ -47,6 +48,14 @@ class PositionedState(NamedTuple):
 
     state: Tensor  # (B, H, K, V) float32
     seen: Tensor  # (B,) int64
+
+
+class Dynamics(NamedTuple):
+    """A mixer on given inputs as systems: one per op, in order."""
+
+    systems: tuple[System, ...]
+    outside: tuple[str, ...]  # what else mixes tokens: short convolutions before the systems
+    output: Tensor  # (B, T, D), rebuilt from the systems
 
 
 class Request(NamedTuple):
@@ -157,6 +166,22 @@ class Mixer(nn.Module):
 
     def mix(self, x: Tensor, context: Tensor | None, request: Request) -> MixerOutput:
         raise NotImplementedError(f"{type(self).__name__} must define mix")
+
+    def dynamics(self, x: Tensor) -> "Dynamics":
+        """Its ops on x as linear time-varying systems, and its output rebuilt from them (Sieber et al. 2024).
+
+        Args:
+            x: ``(B, T, D)``, of a causal self-mixer.
+
+        Raises:
+            ValueError: a mixer without such an op, or one whose op is not linear in its values.
+        """
+        self._require(Pattern.CAUSAL_SELF)
+        with Watch() as watch, torch.no_grad():
+            output = self(x).output
+        if not watch.systems:
+            raise ValueError(f"{type(self).__name__} mixes tokens by no op that is a linear system")
+        return Dynamics(tuple(watch.systems), tuple(watch.outside), output)
 
     def step(self, x: Tensor, state: State, positions: Tensor | None) -> MixerOutput | None:
         """One token ``(B, 1, D)`` in one kernel, equal to :meth:`mix`; None where no kernel serves this call.

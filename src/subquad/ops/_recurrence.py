@@ -9,6 +9,7 @@ from torch import Tensor
 from subquad.kernels import backends
 from subquad.kernels.recurrence import checks, dispatch
 from subquad.ops import _contract as contract
+from subquad.ops import dynamics
 
 LARGEST_GPU_WIDTH = 256
 Reference = Callable[..., tuple[Tensor, Tensor]]
@@ -51,6 +52,12 @@ def run_recurrence(
             (states, heads, width, v.shape[-1]),
             "(batch or packed sequences, heads, key width, value width)",
         )
+    op = reference.__name__.removesuffix("_reference")
+    watch = dynamics.watching(op, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens)
+    if watch is not None:
+        if value_log_decay is not None:
+            raise ValueError("a decay over values gives every value channel weights of its own: it is not analysed")
+        return watch.take(dynamics.matrix_system(op, q, k, v, scale=scale, log_decay=log_decay, beta=beta))
     unsupported = {}
     if width > LARGEST_GPU_WIDTH:
         unsupported["gpu"] = f"its tiles hold {LARGEST_GPU_WIDTH} key channels, not {width}; use backend='chunked'"

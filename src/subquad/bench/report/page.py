@@ -1,15 +1,15 @@
 """The report of a comparison: one HTML file, its plots inside it and beside it as SVG."""
 
 import base64
-import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from subquad.bench.comparison.results import Comparison, write_text
 from subquad.bench.comparison.verdict import fastest_reader, leading
+from subquad.bench.report.figures import Plot
 from subquad.bench.report.plots import all_plots
 from subquad.evaluation.report import bytes_text, count_text, length_text, seconds_text
 
@@ -33,19 +33,10 @@ def write_report(comparison: Comparison) -> None:
     folder.mkdir(exist_ok=True)
     for plot in plots:
         write_text(folder / f"{plot.name}.svg", plot.svg)
-    pictures = [
-        {
-            "title": plot.title,
-            "caption": plot.caption,
-            "alternative": plot.alternative,
-            "source": "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode(),
-        }
-        for plot in plots
-    ]
-    page = _template().render(
+    page = template("report.html").render(
         comparison=comparison,
         settings=comparison.settings,
-        pictures=pictures,
+        pictures=pictures_of(plots),
         table=table_of(comparison),
         common=comparison.longest_common_context(),
         serving=serving_by_length(comparison),
@@ -138,7 +129,26 @@ def _best_names(rows: list[dict[str, Any]], column: Column) -> set[str]:
     return {row["mixer"] for row in known if column.text(row[column.key]) == column.text(best[column.key])}
 
 
-def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = importlib.resources.files("subquad.bench.report").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(text)
+def template(name: str) -> Template:
+    """A page of this folder, ``base.html`` around it."""
+    environment = Environment(
+        loader=PackageLoader("subquad.bench", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def pictures_of(plots: Iterable[Plot]) -> list[dict[str, str]]:
+    """What a page shows of plots, the pictures inside it."""
+    return [
+        {
+            "title": plot.title,
+            "caption": plot.caption,
+            "alternative": plot.alternative,
+            "source": "data:image/svg+xml;base64," + base64.b64encode(plot.svg.encode()).decode(),
+        }
+        for plot in plots
+    ]

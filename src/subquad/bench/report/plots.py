@@ -1,52 +1,16 @@
-"""The plots of a comparison, as SVG: colours that differ for colour-blind eyes too, and a marker for each candidate."""
+"""The plots of a comparison."""
 
-import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from subquad.bench.comparison.results import MULTIPLES, CandidateResult, Comparison
+from subquad.bench.report.figures import STYLE, Plot, legend, new_figure, styles, svg
 from subquad.evaluation.report import bytes_text, count_text, length_text, seconds_text
-
-# Okabe and Ito 2008, without their yellow, which is too light for lines on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vP*X<>"
-DASHES = ("-", "--", ":", "-.")
-STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white",
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.7,
-    "axes.edgecolor": "#666666",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "svg.hashsalt": "subquad",
-    "svg.fonttype": "path",
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One picture: the file's name, heading, what it says, words for those who do not see it, and the SVG itself."""
-
-    name: str
-    title: str
-    caption: str
-    alternative: str
-    svg: str
 
 
 def all_plots(comparison: Comparison) -> list[Plot]:
@@ -162,10 +126,10 @@ def recall_accuracy(comparison: Comparison) -> Plot | None:
     recall = comparison.settings.recall
     if not found or recall is None:
         return None
-    figure, axes = _figure(height=1.1 + 0.34 * len(found))
-    styles = _styles(comparison)
+    figure, axes = new_figure(height=1.1 + 0.34 * len(found))
+    style_of = styles(c.name for c in comparison.candidates)
     for place, (name, accuracy) in enumerate(reversed(found)):
-        axes.barh(place, 100 * accuracy.mean, color=styles[name]["color"], height=0.62)
+        axes.barh(place, 100 * accuracy.mean, color=style_of[name]["color"], height=0.62)
         axes.hlines(place, 100 * accuracy.low, 100 * accuracy.high, color="#222222", linewidth=1.6)
         axes.text(100 * accuracy.high + 1.5, place, f"{100 * accuracy.mean:.0f}%", va="center", fontsize=9.5)
     axes.set_yticks(range(len(found)), [name for name, _ in reversed(found)])
@@ -179,7 +143,7 @@ def recall_accuracy(comparison: Comparison) -> Plot | None:
         f"Higher is better. {recall.num_pairs} pairs of tokens are shown, then each first one is asked for its second. "
         f"A small model of each kind learnt this for {comparison.recall_steps} steps; dark lines span the seeds.",
         "Bars: " + ", ".join(f"{name} {100 * accuracy.mean:.0f} percent" for name, accuracy in found),
-        _svg(figure),
+        svg(figure),
     )
 
 
@@ -196,10 +160,10 @@ def loss_by_position(comparison: Comparison) -> Plot | None:
         lines.append((candidate, [block * (i + 0.5) for i in range(len(means))], means))
     if not lines or all(candidate.extrapolation.keys() == {1} for candidate, _, _ in lines):
         return None
-    figure, axes = _figure()
-    styles = _styles(comparison)
+    figure, axes = new_figure()
+    style_of = styles(c.name for c in comparison.candidates)
     for candidate, places, means in lines:
-        axes.plot(places, means, label=candidate.name, **styles[candidate.name])
+        axes.plot(places, means, label=candidate.name, **style_of[candidate.name])
     axes.axvline(context, color="#666666", linewidth=1.2, linestyle=(0, (4, 3)))
     axes.annotate(
         "training context", (context, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
@@ -210,7 +174,7 @@ def loss_by_position(comparison: Comparison) -> Plot | None:
     axes.set_xticks([0, *ticks], ["0", *map(length_text, ticks)])
     axes.set_xlabel("position in the text, tokens")
     axes.set_ylabel("bits per byte")
-    _legend(figure, axes)
+    legend(figure, axes)
     return Plot(
         "loss-by-position",
         "Loss beyond the training context",
@@ -218,7 +182,7 @@ def loss_by_position(comparison: Comparison) -> Plot | None:
         "dashed mark has lost its way there. Mean over seeds.",
         "Lines of loss against position: "
         + "; ".join(f"{candidate.name} ends at {means[-1]:.2f} bits per byte" for candidate, _, means in lines),
-        _svg(figure),
+        svg(figure),
     )
 
 
@@ -234,8 +198,8 @@ def _loss_plot(
     trained = [candidate for candidate in comparison.candidates if candidate.finished_runs]
     if not trained:
         return None
-    figure, axes = _figure()
-    styles = _styles(comparison)
+    figure, axes = new_figure()
+    style_of = styles(c.name for c in comparison.candidates)
     ends = []
     lowest, highest = float("inf"), 0.0
     for candidate in trained:
@@ -244,9 +208,13 @@ def _loss_plot(
         columns = list(zip(*([bits for _, bits in curve] for curve in curves)))
         means = [sum(column) / len(column) for column in columns]
         places = [place(candidate, step) for step in steps]
-        axes.plot(places, means, label=candidate.name, **styles[candidate.name])
+        axes.plot(places, means, label=candidate.name, **style_of[candidate.name])
         axes.fill_between(
-            places, list(map(min, columns)), list(map(max, columns)), color=styles[candidate.name]["color"], alpha=0.15
+            places,
+            list(map(min, columns)),
+            list(map(max, columns)),
+            color=style_of[candidate.name]["color"],
+            alpha=0.15,
         )
         ends.append(f"{candidate.name} ends at {means[-1]:.2f}")
         lowest, highest = min(lowest, *means), max(highest, means[0])
@@ -263,9 +231,9 @@ def _loss_plot(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(tick(value))))
     axes.set_xlabel(label)
     axes.set_ylabel("bits per byte")
-    _legend(figure, axes)
+    legend(figure, axes)
     alternative = f"Lines of {title.lower()}: {'; '.join(ends)}"
-    return Plot(name, title, f"Lower is better. {caption}", alternative, _svg(figure))
+    return Plot(name, title, f"Lower is better. {caption}", alternative, svg(figure))
 
 
 def _context_plot(
@@ -278,8 +246,8 @@ def _context_plot(
     caption: str,
     spread: Callable[[Any], tuple[float, float]] | None = None,
 ) -> Plot | None:
-    figure, axes = _figure()
-    styles = _styles(comparison)
+    figure, axes = new_figure()
+    style_of = styles(c.name for c in comparison.candidates)
     said: list[str] = []
     lengths: set[int] = set()
     for candidate in comparison.candidates:
@@ -288,10 +256,10 @@ def _context_plot(
         if not known:
             continue
         places, values, all_figures = zip(*known)
-        axes.plot(places, values, label=candidate.name, **styles[candidate.name])
+        axes.plot(places, values, label=candidate.name, **style_of[candidate.name])
         if spread is not None:
             low, high = zip(*map(spread, all_figures))
-            axes.fill_between(places, low, high, color=styles[candidate.name]["color"], alpha=0.15)
+            axes.fill_between(places, low, high, color=style_of[candidate.name]["color"], alpha=0.15)
         said.append(f"{candidate.name} {tick(values[-1])} at {length_text(places[-1])}")
         lengths.update(places)
     if not said:
@@ -304,8 +272,8 @@ def _context_plot(
     _readable_ticks(axes, tick)
     axes.set_xlabel("context, tokens")
     axes.set_ylabel(label)
-    _legend(figure, axes)
-    return Plot(name, title, caption, f"Lines of {title.lower()} against context: {'; '.join(said)}", _svg(figure))
+    legend(figure, axes)
+    return Plot(name, title, caption, f"Lines of {title.lower()} against context: {'; '.join(said)}", svg(figure))
 
 
 def _readable_ticks(axes: Axes, tick: Callable[[float], str]) -> None:
@@ -323,36 +291,6 @@ def _readable_ticks(axes: Axes, tick: Callable[[float], str]) -> None:
     axes.set_yticks(inside, [_short(tick(mark)) for mark in inside])
 
 
-def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of each candidate, the same in every plot, all different for up to 28."""
-    return {
-        candidate.name: {
-            "color": COLOURS[number % len(COLOURS)],
-            "marker": MARKERS[number % len(MARKERS)],
-            "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
-        }
-        for number, candidate in enumerate(comparison.candidates)
-    }
-
-
 def _short(text: str) -> str:
     """``1.00k`` as ``1k``, ``2.50M`` as ``2.5M``: for marks on axes."""
     return re.sub(r"\.0+(?!\d)|(\.\d*?[1-9])0+(?!\d)", r"\1", text)
-
-
-def _figure(height: float = 3.7) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels))
-    columns = 5 if longest <= 11 else 4 if longest <= 16 else 2
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()

@@ -9,6 +9,7 @@ from torch import Tensor
 from subquad.kernels import backends, packing
 from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
+from subquad.ops import dynamics
 from subquad.ops.convolution.reference import short_convolution_reference
 
 ACTIVATIONS = (None, "silu")
@@ -60,6 +61,7 @@ def short_convolution(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or 'silu'; got {activation!r}")
     contract.check_cu_seqlens(cu_seqlens, x)
+    dynamics.note_outside(f"short convolution over {weight.shape[1]} tokens")
     batch, time, channels = x.shape
     states = contract.number_of_states(x, cu_seqlens)
     if lengths is not None and (cu_seqlens is not None or tuple(lengths.shape) != (batch,)):

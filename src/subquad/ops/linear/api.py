@@ -8,6 +8,7 @@ from torch import Tensor
 from subquad.kernels import backends, packing
 from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
+from subquad.ops import dynamics
 from subquad.ops._recurrence import Reference, run_recurrence
 from subquad.ops.linear.reference import full_linear_attention_reference, linear_attention_reference
 
@@ -80,6 +81,11 @@ def linear_attention(
     if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number >= 0; got {eps!r}")
     states = contract.number_of_states(q, cu_seqlens)
+    watch = dynamics.watching(
+        "linear_attention", initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens
+    )
+    if watch is not None and causal:
+        return watch.take(dynamics.matrix_system("linear_attention", q, k, v, scale=scale, normalizer_eps=eps))
     joined = None
     if initial_state is not None:
         if not isinstance(initial_state, tuple) or len(initial_state) != 2:

@@ -13,6 +13,7 @@ from torch import Tensor
 from subquad.kernels import backends, packing
 from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
+from subquad.ops import dynamics
 from subquad.ops.softmax import growing
 from subquad.ops.softmax.reference import softmax_attention_reference
 
@@ -89,6 +90,11 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = backends.resolve(backend, q.device, q.dtype)
     sight = Sight(causal, prefix_lengths, window_size, num_sinks)
+    watch = dynamics.watching(
+        "softmax_attention", initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens
+    )
+    if watch is not None and causal:
+        return watch.take(_kept_tokens(q, k, v, sight, scale, mask))
     log_sum_exp: Tensor | None
     if cu_seqlens is not None:
         output, state, log_sum_exp = _packed(
@@ -101,6 +107,22 @@ def softmax_attention(
         assert log_sum_exp is not None
         return output, kept, log_sum_exp
     return output, kept
+
+
+def _kept_tokens(
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, mask: Tensor | None
+) -> dynamics.KeptTokens:
+    """The table of weights, for analysis."""
+    if mask is not None:
+        raise ValueError("softmax_attention is analysed on whole sequences: without a mask")
+    batch, time = q.shape[:2]
+    positions = torch.arange(time, device=q.device).expand(batch, -1)
+    unit = torch.eye(time, dtype=torch.float64, device=q.device)[None, :, None].expand(batch, -1, k.shape[2], -1)
+    visible = visibility(positions, positions, sight)
+    table, _ = softmax_attention_reference(q.double(), k.double(), unit, visible, scale)
+    values = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)[:, :, None]
+    limit = None if sight.window_size is None else sight.window_size + sight.num_sinks
+    return dynamics.KeptTokens("softmax_attention", values, table.transpose(1, 2), q.shape[3], limit)
 
 
 def visibility(query_positions: Tensor, key_positions: Tensor, sight: Sight) -> Tensor:
