@@ -4,10 +4,13 @@ Two candidates differ where the ranges of their measurements do not overlap, eac
 else reads "no difference". Nothing is said of lengths, sizes or texts that were not measured.
 """
 
+from collections.abc import Iterable
 from itertools import groupby
 
 from subquad.bench.comparison.results import CandidateResult, Comparison, ContextFigures, Statement
 from subquad.evaluation.report import Range, bytes_text, count_text, length_text, listed
+
+MOST_NAMED = 5  # in one sentence
 
 
 def verdict_of(comparison: Comparison) -> list[Statement]:
@@ -62,9 +65,9 @@ def _loss_sentence(comparison: Comparison, ranked: list[CandidateResult], leader
     behind = [c for c in ranked if c not in leaders]
     parts = [f"{after}, {lowest} over {_loss(best).count} seeds."]
     if others:
-        parts.append(f"Between it and {listed(c.name for c in others)} there is no difference: the seeds overlap.")
+        parts.append(f"Between it and {_named(c.name for c in others)} there is no difference: the seeds overlap.")
     if behind:
-        gaps = listed(f"{c.name} by {_loss(c).mean - _loss(best).mean:.3f}" for c in behind)
+        gaps = _named(f"{c.name} by {_loss(c).mean - _loss(best).mean:.3f}" for c in behind)
         parts.append(f"Behind it, by more than the seeds spread: {gaps}.")
     return " ".join(parts)
 
@@ -79,7 +82,7 @@ def _below_bigram(comparison: Comparison, ranked: list[CandidateResult]) -> list
             f"All are below the {bar:.3f} bits per byte of a table of byte pairs: they have learnt more than pairs."
         ]
     return [
-        f"Not below the {bar:.3f} bits per byte of a table of byte pairs on every seed: {listed(above)}. This training "
+        f"Not below the {bar:.3f} bits per byte of a table of byte pairs on every seed: {_named(above)}. This training "
         "has taught them less than counting pairs does; judge by a longer one."
     ]
 
@@ -100,7 +103,7 @@ def _serving(comparison: Comparison, leaders: list[CandidateResult]) -> list[str
     for names, group in groupby(chosen, key=lambda pair: pair[1]):
         part = [n for n, _ in group]
         how = "reads fastest" if len(names) == 1 else "read fastest, not told apart by their timings"
-        parts.append(f"at {_span(part)} tokens {listed(names)} {how}{_speed_ratio(leaders, names, part[-1])}")
+        parts.append(f"at {_span(part)} tokens {_named(names)} {how}{_speed_ratio(leaders, names, part[-1])}")
     return [f"Of those with the lowest loss, {'; '.join(parts)}."]
 
 
@@ -141,10 +144,12 @@ def _state(comparison: Comparison) -> list[str]:
         (grows if late.state_bytes > early.state_bytes else stays).append((candidate.name, late))
     sentences = []
     if stays:
-        sizes = listed(f"{name} {bytes_text(at.state_bytes)}" for name, at in stays)
+        stays.sort(key=lambda pair: pair[1].state_bytes)
+        sizes = _named(f"{name} {bytes_text(at.state_bytes)}" for name, at in stays)
         sentences.append(f"Memory that does not grow with the context while writing: {sizes}.")
     if grows:
-        sizes = listed(f"{name} {bytes_text(at.state_bytes)}" for name, at in grows)
+        grows.sort(key=lambda pair: pair[1].state_bytes)
+        sizes = _named(f"{name} {bytes_text(at.state_bytes)}" for name, at in grows)
         sentences.append(f"At {length_text(length)} tokens a growing memory holds: {sizes}.")
     return sentences
 
@@ -155,10 +160,10 @@ def _recall(comparison: Comparison) -> list[str]:
     if not measured or recall is None:
         return []
     measured.sort(key=lambda pair: -pair[1].mean)
-    figures = listed(f"{name} {100 * found.mean:.0f}%" for name, found in measured)
+    figures = _named(f"{name} {100 * found.mean:.0f}%" for name, found in measured)
     best = measured[0][1]
     same = [name for name, found in measured[1:] if not found.differs_from(best)]
-    told = f" Not told apart from {measured[0][0]}: {listed(same)}." if same else ""
+    told = f" Not told apart from {measured[0][0]}: {_named(same)}." if same else ""
     return [
         f"Finding {recall.num_pairs} stored pairs again, after {comparison.recall_steps} steps of a small model: "
         f"{figures}.{told} A longer training may change these figures."
@@ -180,9 +185,9 @@ def _beyond_context(comparison: Comparison, ranked: list[CandidateResult]) -> li
     where = f"from {length_text(context * far // 2)} to {length_text(context * far)} tokens"
     parts = []
     if keeps:
-        parts.append(f"{listed(name for name, _ in keeps)} keep{'s' if len(keeps) == 1 else ''} the loss")
+        parts.append(f"{_named(name for name, _ in keeps)} keep{'s' if len(keeps) == 1 else ''} the loss")
     if loses:
-        worse = listed(f"{name} (by {rise:.2f} bits per byte)" for name, rise in loses)
+        worse = _named(f"{name} (by {rise:.2f} bits per byte)" for name, rise in loses)
         parts.append(f"{worse} get{'s' if len(loses) == 1 else ''} worse")
     return [f"Trained on rows of {length_text(context)} tokens and read on, {where}: {'; '.join(parts)}."]
 
@@ -196,7 +201,7 @@ def _cautions(comparison: Comparison) -> list[str]:
     edge = [c.name for c in comparison.candidates if len(rates) > 1 and c.learning_rate in (rates[0], rates[-1])]
     if edge:
         sentences.append(
-            f"The best learning rate of {listed(edge)} was the smallest or largest tried: a wider choice may lower "
+            f"The best learning rate of {_named(edge)} was the smallest or largest tried: a wider choice may lower "
             "the loss."
         )
     sentences.append(
@@ -204,6 +209,14 @@ def _cautions(comparison: Comparison) -> list[str]:
         f"{count_text(comparison.tokens)} tokens of this text; larger models and longer trainings were not measured."
     )
     return sentences
+
+
+def _named(items: Iterable[str]) -> str:
+    """The items in a row; of many the first ones and how many more, which the table shows."""
+    items = list(items)
+    if len(items) <= MOST_NAMED + 2:
+        return listed(items)
+    return listed([*items[:MOST_NAMED], f"{len(items) - MOST_NAMED} others"])
 
 
 def _loss(candidate: CandidateResult) -> Range:

@@ -44,12 +44,13 @@ class Plot:
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of each name, the same in every plot, all different for up to 28."""
+    """Label, colour, marker and dash of each name, the same in every plot, all different for up to 28."""
     return {
         name: {
             "color": COLOURS[number % len(COLOURS)],
             "marker": MARKERS[number % len(MARKERS)],
             "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
+            "label": name,
         }
         for number, name in enumerate(names)
     }

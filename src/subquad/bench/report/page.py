@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from subquad.bench.comparison.results import Comparison, write_text
 from subquad.bench.comparison.verdict import fastest_reader, leading
 from subquad.bench.report.figures import Plot
-from subquad.bench.report.plots import all_plots
+from subquad.bench.report.plots import all_plots, standing_out
 from subquad.evaluation.report import bytes_text, count_text, length_text, seconds_text
 
 
@@ -37,6 +37,7 @@ def write_report(comparison: Comparison) -> None:
         comparison=comparison,
         settings=comparison.settings,
         pictures=pictures_of(plots),
+        standing_out=standing_out(comparison),
         table=table_of(comparison),
         common=comparison.longest_common_context(),
         serving=serving_by_length(comparison),

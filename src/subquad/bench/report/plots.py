@@ -12,6 +12,9 @@ from subquad.bench.comparison.results import MULTIPLES, CandidateResult, Compari
 from subquad.bench.report.figures import STYLE, Plot, legend, new_figure, styles, svg
 from subquad.evaluation.report import bytes_text, count_text, length_text, seconds_text
 
+MOST_LINES = 10  # beyond it only some lines are coloured
+MOST_NAMED = 6
+
 
 def all_plots(comparison: Comparison) -> list[Plot]:
     """Every plot for which something was measured."""
@@ -127,7 +130,7 @@ def recall_accuracy(comparison: Comparison) -> Plot | None:
     if not found or recall is None:
         return None
     figure, axes = new_figure(height=1.1 + 0.34 * len(found))
-    style_of = styles(c.name for c in comparison.candidates)
+    style_of = _styles(comparison)
     for place, (name, accuracy) in enumerate(reversed(found)):
         axes.barh(place, 100 * accuracy.mean, color=style_of[name]["color"], height=0.62)
         axes.hlines(place, 100 * accuracy.low, 100 * accuracy.high, color="#222222", linewidth=1.6)
@@ -161,9 +164,9 @@ def loss_by_position(comparison: Comparison) -> Plot | None:
     if not lines or all(candidate.extrapolation.keys() == {1} for candidate, _, _ in lines):
         return None
     figure, axes = new_figure()
-    style_of = styles(c.name for c in comparison.candidates)
+    style_of = _styles(comparison)
     for candidate, places, means in lines:
-        axes.plot(places, means, label=candidate.name, **style_of[candidate.name])
+        axes.plot(places, means, **style_of[candidate.name])
     axes.axvline(context, color="#666666", linewidth=1.2, linestyle=(0, (4, 3)))
     axes.annotate(
         "training context", (context, 1.0), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
@@ -199,7 +202,7 @@ def _loss_plot(
     if not trained:
         return None
     figure, axes = new_figure()
-    style_of = styles(c.name for c in comparison.candidates)
+    style_of = _styles(comparison)
     ends = []
     lowest, highest = float("inf"), 0.0
     for candidate in trained:
@@ -208,7 +211,7 @@ def _loss_plot(
         columns = list(zip(*([bits for _, bits in curve] for curve in curves)))
         means = [sum(column) / len(column) for column in columns]
         places = [place(candidate, step) for step in steps]
-        axes.plot(places, means, label=candidate.name, **style_of[candidate.name])
+        axes.plot(places, means, **style_of[candidate.name])
         axes.fill_between(
             places,
             list(map(min, columns)),
@@ -247,7 +250,7 @@ def _context_plot(
     spread: Callable[[Any], tuple[float, float]] | None = None,
 ) -> Plot | None:
     figure, axes = new_figure()
-    style_of = styles(c.name for c in comparison.candidates)
+    style_of = _styles(comparison)
     said: list[str] = []
     lengths: set[int] = set()
     for candidate in comparison.candidates:
@@ -256,7 +259,7 @@ def _context_plot(
         if not known:
             continue
         places, values, all_figures = zip(*known)
-        axes.plot(places, values, label=candidate.name, **style_of[candidate.name])
+        axes.plot(places, values, **style_of[candidate.name])
         if spread is not None:
             low, high = zip(*map(spread, all_figures))
             axes.fill_between(places, low, high, color=style_of[candidate.name]["color"], alpha=0.15)
@@ -289,6 +292,23 @@ def _readable_ticks(axes: Axes, tick: Callable[[float], str]) -> None:
     if len(inside) < 2:
         inside = [low * (high / low) ** share for share in (0.1, 0.5, 0.9)]
     axes.set_yticks(inside, [_short(tick(mark)) for mark in inside])
+
+
+def standing_out(comparison: Comparison) -> list[str]:
+    """Of many candidates, whose lines are coloured and named: the lowest losses, and softmax attention."""
+    names = [candidate.name for candidate in comparison.candidates]
+    if len(names) <= MOST_LINES:
+        return names
+    ranked = [candidate.name for candidate in comparison.by_loss()]
+    chosen = {*ranked[:MOST_NAMED], *({"softmax"} & set(names))}
+    return [name for name in ranked if name in chosen] or names[:MOST_NAMED]
+
+
+def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """The style of each candidate's line; those that do not stand out are thin, grey and without a name."""
+    grey = {"color": "#c8c8c8", "linewidth": 0.9, "marker": "", "zorder": 1, "label": None}
+    named = styles(standing_out(comparison))
+    return {candidate.name: named.get(candidate.name, grey) for candidate in comparison.candidates}
 
 
 def _short(text: str) -> str:
