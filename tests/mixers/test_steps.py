@@ -29,6 +29,8 @@ CASES = [
     ("delta_net", {"num_value_heads": 8, "eigenvalues": (-1, 1), "conv_size": 2}),
     ("gated_delta_net", {}),
     ("gated_delta_net", {"num_value_heads": 8, "output_gate": False}),
+    ("mamba", {}),
+    ("mamba", {"state_size": 3, "conv_size": 2, "conv_bias": False, "step_rank": 5}),
 ]
 PLAIN = ("lightning", "retention", "gla", "delta_net", "gated_delta_net")
 cases = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])

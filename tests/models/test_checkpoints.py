@@ -164,3 +164,106 @@ def test_transnormer_llm_equals_its_formulas():
         x = x + y @ w[f"{at}channel_mixer.l3.weight"].T
     expected = norm(x) @ w["lm_head.weight"].T
     torch.testing.assert_close(convert(config, w).eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def transformers_mamba(**options):
+    """A small random Mamba of transformers, and its configuration as its folder would hold it."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=40, **{"pad_token_id": 0, **options})
+    theirs = MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith(("embeddings.weight", "lm_head.weight", "conv1d.bias", "norm.weight", "D")):
+                parameter.normal_()
+    return theirs, config
+
+
+MAMBA_OPTIONS = [{}, {"use_bias": True, "use_conv_bias": False, "state_size": 5, "time_step_rank": 3, "conv_kernel": 3}]
+
+
+@pytest.mark.parametrize("options", [*MAMBA_OPTIONS, {"tie_word_embeddings": False, "expand": 3}])
+def test_transformers_mamba_gives_equal_logits_and_gradients(options, tmp_path):
+    theirs, _ = transformers_mamba(**options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_foreign(tmp_path / "theirs")
+    ids = torch.randint(1, 40, (2, 37), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids).logits
+    torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    ours(ids).logits.cos().sum().backward()
+    expected.cos().sum().backward()
+    pairs = [(ours.model.embed_tokens.weight, theirs.backbone.embeddings.weight)]
+    for mine, block in zip(ours.model.mixers(), theirs.backbone.layers):
+        own = dict(block.mixer.named_parameters())
+        pairs += [(p, own[name]) for name, p in mine.named_parameters()]
+    for mine, other in pairs:
+        expected = other.grad.view(mine.shape)
+        torch.testing.assert_close(mine.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    ours.save_pretrained(tmp_path / "ours")
+    again = type(ours).from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("options", MAMBA_OPTIONS)
+@torch.no_grad()
+def test_transformers_mamba_writes_the_same_tokens_alone_batched_and_in_chunks(options):
+    theirs, config = transformers_mamba(eos_token_id=None, **options)
+    ours = convert(config.to_dict(), theirs.state_dict()).eval()
+    prompts = [torch.randint(1, 40, (1, n), generator=torch.Generator().manual_seed(n)) for n in (2, 9, 14)]
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    alone = [ours.generate(p, **greedy)[0, p.shape[1] :] for p in prompts]
+    for prompt, tokens in zip(prompts, alone):
+        assert torch.equal(theirs.generate(prompt, **greedy)[0, prompt.shape[1] :], tokens)
+    assert len({tuple(tokens.tolist()) for tokens in alone}) == 3
+    batch = torch.cat([F.pad(p, (14 - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([F.pad(torch.ones_like(p), (14 - p.shape[1], 0)) for p in prompts])
+    together = ours.generate(batch, attention_mask=mask, **greedy)
+    assert torch.equal(together[:, 14:], torch.stack(alone))
+    assert torch.equal(theirs.generate(batch, attention_mask=mask, **greedy), together)
+    whole, cache, pieces = ours(prompts[2]).logits, None, []
+    for piece in prompts[2].split([1, 6, 2, 5], 1):
+        output = ours(piece, cache=cache, use_cache=True)
+        cache = output.cache
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def original_mamba(**cell):
+    """The configuration and weights of a small Mamba under the names of the original repository."""
+    theirs, _ = transformers_mamba()
+    config = {
+        "d_model": 32,
+        "n_layer": 3,
+        "vocab_size": 37,  # the weights are padded to 40 rows
+        "ssm_cfg": cell,
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 8,
+    }
+    weights = {name.replace("embeddings", "embedding"): x for name, x in theirs.state_dict().items()}
+    return theirs, config, weights
+
+
+@pytest.mark.parametrize("cell", [{}, {"layer": "Mamba1", "d_state": 16, "dt_rank": 2}])
+def test_the_original_mamba_layout_loads(cell, tmp_path):
+    theirs, config, weights = original_mamba(**cell)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    ids = torch.randint(1, 37, (1, 20), generator=torch.Generator().manual_seed(2))
+    expected = theirs(ids).logits
+    actual = load_foreign(tmp_path)(ids).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_what_subquad_does_not_have_of_mamba_gets_a_sentence():
+    theirs, config = transformers_mamba(hidden_act="gelu")
+    with pytest.raises(ValueError, match="hidden_act='gelu'"):
+        convert(config.to_dict(), theirs.state_dict())
+    for changes, message in (({"layer": "Mamba2"}, "Mamba2"), ({"d_state": 8}, None)):
+        _, config, weights = original_mamba(**changes)
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            convert(config, weights)
+    with pytest.raises(ValueError, match="attn_layer_idx"):
+        convert({**original_mamba()[1], "attn_layer_idx": [1]}, weights)

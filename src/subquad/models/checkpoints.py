@@ -1,7 +1,8 @@
 """Checkpoints of other libraries as Subquad models: per format, a table of names and a reading of the configuration.
 
-Read are flash-linear-attention's GLA, DeltaNet, gated DeltaNet and RetNet, and the released TransNormerLLM files. The
-weights are renamed, never changed; what a format can say and Subquad cannot is refused by name.
+Read are flash-linear-attention's GLA, DeltaNet, gated DeltaNet and RetNet, the released TransNormerLLM files, and Mamba
+as transformers and as its own repository write it. The weights are renamed, never changed; what a format can say and
+Subquad cannot is refused by name.
 """
 
 import json
@@ -43,13 +44,19 @@ TRANSNORMER: Renaming = [
     (r"model\.layers\.(\d+)\.token_mixer\.norm\.", r"model.layers.\1.mixer.o_norm."),
     (r"model\.layers\.(\d+)\.token_mixer\.", r"model.layers.\1.mixer."),
 ]
+MAMBA: Renaming = [
+    (r"backbone\.embeddings?\.", "model.embed_tokens."),
+    (r"backbone\.norm_f\.", "model.norm."),
+    (r"backbone\.layers\.(\d+)\.norm\.", r"model.layers.\1.mixer_norm."),
+    (r"backbone\.layers\.(\d+)\.mixer\.", r"model.layers.\1.mixer."),
+]
 
 
 def load_foreign(folder: str | Path) -> SubquadForCausalLM:
     """The model in a folder written by another library (``config.json`` and safetensors or ``pytorch_model.bin``).
 
     Args:
-        folder: of a checkpoint whose ``model_type`` is a key of :data:`FORMATS`.
+        folder: of a checkpoint whose ``model_type`` is a key of :data:`FORMATS`, or of Mamba's own repository.
 
     Returns:
         The model in evaluation mode, float32 unless the checkpoint says otherwise; ``save_pretrained`` writes it in the
@@ -68,7 +75,7 @@ def load_foreign(folder: str | Path) -> SubquadForCausalLM:
 
 def convert(foreign: Foreign, weights: Mapping[str, Tensor]) -> SubquadForCausalLM:
     """A model from the configuration and the state dict of another library; see :func:`load_foreign`."""
-    kind = str(foreign.get("model_type"))
+    kind = str(foreign.get("model_type", "mamba_ssm" if {"d_model", "n_layer", "ssm_cfg"} <= set(foreign) else None))
     if kind not in FORMATS:
         raise unknown_name("checkpoint format (model_type)", kind, FORMATS)
     configure, renaming = FORMATS[kind]
@@ -112,7 +119,7 @@ def _rename(weights: Mapping[str, Tensor], renaming: Renaming, config: SubquadCo
                 yield name.replace("qkvu_proj", f"{part}_proj"), rows
         elif name.endswith("lrpe.theta"):
             yield name, tensor.reshape(config.num_attention_heads, -1)
-        elif ".convolutions." in name:  # (channels, 1, width)
+        elif ".convolutions." in name or name.endswith(".conv1d.weight"):  # (channels, 1, width)
             yield name, tensor.flatten(1)
         else:
             yield name, tensor
@@ -222,6 +229,58 @@ def _transnormer(foreign: Foreign) -> SubquadConfig:
     )
 
 
+def _mamba(foreign: Foreign) -> SubquadConfig:
+    _refuse(foreign, hidden_act="silu")
+    rank = foreign.get("time_step_rank", "auto")
+    return _mamba_config(
+        {
+            "expand": foreign.get("expand", 2),
+            "state_size": foreign.get("state_size", 16),
+            "conv_size": foreign.get("conv_kernel", 4),
+            "step_rank": None if rank == "auto" else rank,
+            "bias": foreign.get("use_bias", False),
+            "conv_bias": foreign.get("use_conv_bias", True),
+        },
+        hidden_size=foreign["hidden_size"],
+        num_hidden_layers=foreign["num_hidden_layers"],
+        vocab_size=foreign["vocab_size"],
+        rms_norm_eps=foreign.get("layer_norm_epsilon", 1e-5),
+        tie_word_embeddings=foreign.get("tie_word_embeddings", True),
+        pad_token_id=foreign.get("pad_token_id"),
+        bos_token_id=foreign.get("bos_token_id"),
+        eos_token_id=foreign.get("eos_token_id"),
+    )
+
+
+def _mamba_ssm(foreign: Foreign) -> SubquadConfig:
+    """The original repository's configuration, which names no model type; its vocabulary is padded with rows."""
+    _refuse(foreign, rms_norm=True, d_intermediate=0, attn_layer_idx=([], None))
+    cell = foreign["ssm_cfg"]
+    _refuse(cell, layer="Mamba1")
+    rank, multiple = cell.get("dt_rank", "auto"), foreign.get("pad_vocab_size_multiple", 8)
+    return _mamba_config(
+        {
+            "expand": cell.get("expand", 2),
+            "state_size": cell.get("d_state", 16),
+            "conv_size": cell.get("d_conv", 4),
+            "step_rank": None if rank == "auto" else rank,
+            "bias": cell.get("bias", False),
+            "conv_bias": cell.get("conv_bias", True),
+        },
+        hidden_size=foreign["d_model"],
+        num_hidden_layers=foreign["n_layer"],
+        vocab_size=-(-foreign["vocab_size"] // multiple) * multiple,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=foreign.get("tie_embeddings", True),
+    )
+
+
+def _mamba_config(options: dict[str, Any], **fields: Any) -> SubquadConfig:
+    return SubquadConfig(
+        mixers={"name": "mamba", **options}, feedforward=None, positions="none", num_attention_heads=1, **fields
+    )
+
+
 def _some(names: set[str]) -> str:
     shown = sorted(names)
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") if shown else "nothing"
@@ -233,4 +292,6 @@ FORMATS: dict[str, tuple[Callable[[Foreign], SubquadConfig], Renaming]] = {
     "gated_deltanet": (_gated_delta_net, FLA_MODEL),
     "retnet": (_retention, FLA_MODEL),
     "transnormer": (_transnormer, TRANSNORMER),
+    "mamba": (_mamba, MAMBA),
+    "mamba_ssm": (_mamba_ssm, MAMBA),
 }

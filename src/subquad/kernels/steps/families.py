@@ -3,8 +3,8 @@
 ``x (B, D)``, states and results come as addresses of contiguous float32 memory, checked by the caller. A layer comes as
 the plain tuple of one of :mod:`.layouts` (numba takes that faster than a named one). What a layer does not have is an
 empty array. Kernels return whether a gate lay outside its range: then what they filled is not to be used. The state is
-updated and read by the step of the shared recurrence, :mod:`subquad.kernels.recurrence.cpu_step`. Importing this module
-imports numba.
+updated and read by the step of the shared recurrence, :mod:`subquad.kernels.recurrence.cpu_step`, or that of the
+selective scan. Importing this module imports numba.
 """
 
 import math
@@ -12,7 +12,9 @@ import math
 import numpy as np
 from numba import njit
 
+from subquad.kernels.numba_math import exp32
 from subquad.kernels.recurrence.cpu_step import step_into
+from subquad.kernels.scan.cpu import step_rows
 from subquad.kernels.steps import layouts
 from subquad.kernels.steps.pieces import (
     PIECE,
@@ -147,6 +149,44 @@ def delta(layer, batch, x, state, q_tail, k_tail, v_tail, output, after, q_after
     )
     rms_norm(o, layer.norm_weight, layer.norm_eps)
     finish(x, o, layer.gate, layer.o, output)
+    return outside
+
+
+@njit(**KERNEL)
+def mamba(layer, batch, x, state, tail, output, after, tail_after):
+    layer = layouts.Mamba(*layer)
+    channels, states = layer.rate_log.shape
+    x = array_at(x, (batch, layer.inner.shape[1]))
+    inner = project(x, layer.inner)
+    u, gate = inner[:, :channels].copy(), inner[:, channels:].copy()
+    convolve(u, layer.taps, tail, tail_after)
+    if layer.taps_bias.shape[0] > 0:
+        for b in range(batch):
+            for c in range(channels):
+                u[b, c] += layer.taps_bias[c]
+    silu(u)
+    maps = project(u, layer.maps)
+    rank = maps.shape[1] - 2 * states
+    rate = np.empty((channels, states), np.float32)
+    for c in range(channels):
+        for n in range(states):
+            rate[c, n] = -exp32(layer.rate_log[c, n])
+    y = np.empty((batch, channels), np.float32)
+    outside = step_rows(
+        u,
+        project(maps[:, :rank].copy(), layer.step),
+        rate,
+        maps[:, rank : rank + states].copy(),
+        maps[:, rank + states :].copy(),
+        layer.skip,
+        layer.step_bias,
+        gate,
+        array_at(state, (batch, channels, states)),
+        y,
+        array_at(after, (batch, channels, states)),
+        1,
+    )
+    project_into(y, layer.o, array_at(output, x.shape))
     return outside
 
 

@@ -99,3 +99,17 @@ class Delta(NamedTuple):
     heads: int
     width: int
     columns: int
+
+
+class Mamba(NamedTuple):
+    """A short convolution with SiLU, maps of it, the selective scan's step, a SiLU gate."""
+
+    inner: Array  # both halves: what the convolution reads, and the gate
+    taps: Array  # (channels, width)
+    taps_bias: Array
+    maps: Array  # (rank + 2 N, channels)
+    step: Array  # (channels, rank)
+    step_bias: Array
+    rate_log: Array  # (channels, N)
+    skip: Array
+    o: Array

@@ -1,5 +1,6 @@
 """The door to the short causal convolution."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from subquad.kernels import backends, packing
 from subquad.kernels.recurrence.checks import check_offsets
+from subquad.kernels.scan.dispatch import convolution_cpu
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
 from subquad.ops.convolution.reference import short_convolution_reference
@@ -38,7 +40,8 @@ def short_convolution(
         initial_state: ``(B, W - 1, D)``, the tokens before the first; zeros if not given. Packed: ``(N, W - 1, D)``.
         return_state: whether to return the last W - 1 tokens.
         cu_seqlens: ``(N + 1,)`` int32 or int64, where N packed sequences begin and end in a batch of one.
-        backend: ``auto``, ``reference``, ``chunked``, ``cpu`` or ``gpu``; all but the first are plain torch.
+        backend: ``auto``, ``reference``, ``chunked``, ``cpu`` or ``gpu``; never changes the meaning. ``cpu`` computes
+            in numba; ``chunked`` and ``gpu`` are plain torch.
 
     Returns:
         The output ``(B, T, D)``, and the state in x's dtype or None.
@@ -67,20 +70,37 @@ def short_convolution(
     if lengths is not None and (cu_seqlens is not None or tuple(lengths.shape) != (batch,)):
         raise ValueError(f"lengths must be (batch,) = {(batch,)} integers, and not given with cu_seqlens")
     before = weight.shape[1] - 1
+    given = initial_state
     if initial_state is None:
         initial_state = x.new_zeros(states, before, channels)
     shape = (states, before, channels)
     contract.check_argument("initial_state", initial_state, x, shape, "(batch or sequences, width - 1, channels)")
     initial_state = initial_state.to(x.dtype)
 
-    if backends.resolve(backend, x.device, x.dtype) == "reference":
+    chosen = backends.resolve(backend, x.device, x.dtype)
+    if chosen == "cpu" and cu_seqlens is None:
+        (output,) = convolution_cpu(x, weight, bias, given, activation == "silu")
+        if not return_state:
+            return output, None
+        recent = x if lengths is not None or time < before else x[:, time - before :]
+        return output, _last_tokens(torch.cat([initial_state, recent], dim=1), before, lengths)
+    if chosen == "reference":
         output, state = _reference(x, weight, bias, initial_state, lengths, cu_seqlens)
     elif cu_seqlens is None:
         padded = torch.cat([initial_state, x], dim=1)
         output = _taps([padded[:, tap : tap + time] for tap in range(before + 1)], weight, bias)
         state = _last_tokens(padded, before, lengths)
     else:
-        output, state = _packed(x, weight, bias, initial_state, cu_seqlens)
+
+        def convolve(row: Tensor) -> Tensor:
+            if chosen == "cpu":
+                return convolution_cpu(row, weight, bias, None, activation == "silu")[0]
+            padded = F.pad(row, (0, 0, before, 0))
+            output = _taps([padded[:, tap : tap + row.shape[1]] for tap in range(before + 1)], weight, bias)
+            return F.silu(output) if activation == "silu" else output
+
+        output, state = _packed(x, initial_state, cu_seqlens, convolve)
+        return output, state if return_state else None
     output = F.silu(output) if activation == "silu" else output
     return output, state if return_state else None
 
@@ -107,26 +127,20 @@ def _last_tokens(padded: Tensor, count: int, lengths: Tensor | None) -> Tensor:
 
 
 def _packed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, cu_seqlens: Tensor
+    x: Tensor, initial_state: Tensor, cu_seqlens: Tensor, convolve: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    before = weight.shape[1] - 1
-    sequence, place, sizes = packing.locate(cu_seqlens, x.shape[1])
-    shifted = []
-    for back in range(before, 0, -1):
-        earlier = (before - back + place).clamp(max=before - 1)
-        from_state = initial_state[sequence, earlier]
-        inside = torch.roll(x[0], back, dims=0)
-        shifted.append(torch.where((place >= back)[:, None], inside, from_state)[None])
-    output = _taps([*shifted, x], weight, bias)
-    # state: place `before` tokens earlier of each sequence's end, reaching into the initial state where it is short
-    ends, lengths = cu_seqlens[1:, None].to(torch.int64), sizes[:, None]
-    step = torch.arange(before, device=x.device)
-    from_end = before - step
-    inside = x[0][(ends - from_end).clamp(min=0)]
-    slot = (lengths + step).clamp(max=max(before - 1, 0))
-    rows = torch.arange(len(lengths), device=x.device)[:, None]
-    state = torch.where((from_end <= lengths)[..., None], inside, initial_state[rows, slot])
-    return output, state
+    """One row in which every sequence has its earlier tokens in front of it, for ``convolve`` to take as any other."""
+    before, device = initial_state.shape[1], x.device
+    sequence, _, sizes = packing.locate(cu_seqlens, x.shape[1])
+    at = torch.arange(x.shape[1], device=device) + (sequence + 1) * before
+    step = torch.arange(before, device=device)
+    last = (cu_seqlens[1:].to(torch.int64) + torch.arange(len(sizes), device=device) * before)[:, None] + step
+    earlier = last - sizes[:, None]
+    source = torch.empty(x.shape[1] + earlier.numel(), dtype=torch.int64, device=device)
+    source[earlier.flatten()] = torch.arange(earlier.numel(), device=device)
+    source[at] = torch.arange(x.shape[1], device=device) + earlier.numel()
+    row = torch.cat([initial_state.flatten(0, 1), x[0]])[source]
+    return convolve(row[None])[:, at], row[last]
 
 
 def _reference(
