@@ -21,16 +21,17 @@ class SubquadConfig(PreTrainedConfig):
 
     Attributes:
         mixers: the token mixer of each layer: one name for all (``"gla"``); a pattern repeated over the layers
-            (``"gla*3+softmax"``); a list with an entry per layer; or a division of the layers by place,
-            ``{"first": ..., "rest": ...}`` or ``{"first_half": ..., "second_half": ...}`` (of an odd number the first
-            half is the smaller). An entry is a name, or a name and options, ``{"name": "gla", "expand_k": 1}``. It
-            is kept as the list.
+            (``"gla*3+softmax"``), or the same as ``{"pattern": [entries]}``; a list with an entry per layer; or a
+            division of the layers by place, ``{"first": ..., "rest": ...}`` or ``{"first_half": ...,
+            "second_half": ...}`` (of an odd number the first half is the smaller). An entry is a name, or a name and
+            options, ``{"name": "gla", "expand_k": 1}``. It is kept as the list.
         feedforward: the channel mixer by name, or None for none.
         positions: ``"rope"`` (inside softmax attention), ``"sinusoidal"``, ``"learned"`` (added to the embeddings) or
             ``"none"``. Retention turns its queries and keys in any case.
         norm, norm_place: of the blocks; see :class:`subquad.blocks.Block`.
         causal: False for a masked (bidirectional) model.
         scale_embeddings: multiply embeddings by ``sqrt(hidden_size)``.
+        prefix_lm: ``generate`` reads the prompt as a prefix, in both directions, in the layers that serve it.
 
     Example:
         >>> SubquadConfig(mixers="gla*2+softmax", num_hidden_layers=4).mixers
@@ -57,6 +58,7 @@ class SubquadConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     causal: bool = True
     scale_embeddings: bool = False
+    prefix_lm: bool = False
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -117,9 +119,12 @@ def expand_mixers(mixers: Any, layers: int) -> list[MixerEntry]:
             return [mixers["first"], *[mixers["rest"]] * (layers - 1)]
         if keys == {"first_half", "second_half"}:
             return [mixers["first_half"]] * (layers // 2) + [mixers["second_half"]] * (layers - layers // 2)
+        if keys == {"pattern"} and isinstance(mixers["pattern"], list | tuple) and mixers["pattern"]:
+            entries = mixers["pattern"]
+            return expand_mixers([entries[i % len(entries)] for i in range(layers)], layers)
         raise ValueError(
-            "mixers as a dict is one mixer {'name': ..., options}, {'first', 'rest'} or {'first_half', 'second_half'}; "
-            f"got the keys {sorted(keys)}"
+            "mixers as a dict is one mixer {'name': ..., options}, {'first', 'rest'}, {'first_half', 'second_half'} or "
+            f"{{'pattern': [entries]}}; got the keys {sorted(keys)}"
         )
     if isinstance(mixers, list | tuple):
         if len(mixers) != layers:

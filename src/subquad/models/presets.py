@@ -29,6 +29,23 @@ def _transnormer_llm(dim: int, layers: int, heads: int, hidden: int) -> dict[str
     return {**_TRANSNORMER_LLM, **_sizes(dim, layers, heads, hidden), "mixers": mixers}
 
 
+def _based(dim: int, layers: int, linear: tuple[int, ...], linear_mixer: str = "taylor_linear") -> dict[str, Any]:
+    """A window follows each global layer; all others are convolutions. The window is the released models': 128 keys
+    back and the token itself."""
+    entries: list[Any] = ["base_conv"] * layers
+    for layer in linear:
+        entries[layer] = linear_mixer
+        entries[layer + 1] = {"name": "sliding_window", "window_size": 129}
+    return {
+        **_sizes(dim, layers, 16, 2 * dim),
+        "mixers": {"pattern": entries},
+        "positions": "none",
+        "vocab_size": 50_264,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": (2 / (5 * dim)) ** 0.5,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Qin et al. 2023, table of configurations, and the released configuration files
     "transnormer_llm_385m": _transnormer_llm(1024, 24, 8, 2816),
@@ -58,4 +75,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Yang et al. 2024b, section 4
     "delta_net_340m": {"mixers": "delta_net", "positions": "none", **_sizes(1024, 24, 8, 2816)},
     "delta_net_1b": {"mixers": "delta_net", "positions": "none", **_sizes(2048, 24, 16, 5632)},
+    # Arora et al. 2024 (Based), the released configurations
+    "based_360m": _based(1024, 27, (1, 6, 11, 16, 21)),
+    "based_1b": _based(1792, 36, (1, 6, 11, 16, 21, 27, 33)),
+    # Arora et al. 2024b (JRT): Based with prefix linear attention, a layer fewer for its second projections
+    "jrt_360m": {**_based(1024, 26, (1, 6, 11, 16, 21), "jrt"), "prefix_lm": True},
 }
