@@ -94,8 +94,12 @@ def _weights_of(mixer: Mixer) -> Weights:
 
 
 def _featured(mixer: LinearAttention | NormAttention, x: Tensor) -> Tensor:
-    q, k = (mixer.phi(_heads(proj(x), mixer.head_dim)) for proj in (mixer.q_proj, mixer.k_proj))
-    scores = torch.einsum("bihk,bjhk->bhij", q, k).tril()
+    if isinstance(mixer, LinearAttention):
+        q, k, _ = mixer.project(x, x)
+        scores = mixer.phi.weights(q, k).tril()
+    else:
+        q, k = (mixer.phi(_heads(proj(x), mixer.head_dim)) for proj in (mixer.q_proj, mixer.k_proj))
+        scores = torch.einsum("bihk,bjhk->bhij", q, k).tril()
     if bool((scores < 0).any()):
         raise ValueError(
             f"attention mass needs weights that are not negative; the feature map of this {type(mixer).__name__} is "
