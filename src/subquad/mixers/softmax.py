@@ -66,6 +66,8 @@ class SoftmaxAttention(Mixer):
             raise ValueError(f"rotary positions need an even head width; it is {self.head_dim}")
         self.window_size, self.num_sinks, self.rope_base = window_size, num_sinks, rope_base
         self.constant_state = window_size is not None  # type: ignore[misc]
+        if window_size is not None:  # a prefix is seen whole, and a window is not
+            self.patterns = type(self).patterns - {Pattern.PREFIX_SELF}  # type: ignore[misc]
         context_dim = context_dim or dim
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(context_dim, self.num_key_value_heads * self.head_dim, bias=bias)

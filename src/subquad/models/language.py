@@ -26,7 +26,7 @@ from subquad.blocks import Block
 from subquad.kernels.packing import locate
 from subquad.layers.chunked_loss import CHUNK_ELEMENTS, IGNORED, linear_cross_entropy
 from subquad.layers.norms import build_norm
-from subquad.mixers.contract import Mixer
+from subquad.mixers.contract import Mixer, Pattern, total_loss
 from subquad.models.cache import SubquadCache
 from subquad.models.config import MixerEntry, SubquadConfig
 from subquad.positions.absolute import LearnedPositions, SinusoidalPositions
@@ -167,6 +167,7 @@ class SubquadModel(SubquadPreTrainedModel):
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         past_key_values: SubquadCache | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> SubquadModelOutput | tuple[Any, ...]:
         """Hidden states of the tokens.
@@ -180,6 +181,8 @@ class SubquadModel(SubquadPreTrainedModel):
             use_cache: whether to return it; by default in evaluation only.
             output_hidden_states: also return the input of every block and the final states.
             cu_seq_lens_q: ``(N + 1,)`` boundaries of packed sequences in a batch of one.
+            prefix_lengths: ``(B,)``, or ``(N,)`` of packed sequences: the first so many real tokens of a row are seen
+                by all its tokens, in the layers that serve prefix-causal use; all others stay causal.
 
         Raises:
             ValueError, TypeError: both or neither of input_ids and inputs_embeds, token ids outside the vocabulary, a
@@ -202,11 +205,13 @@ class SubquadModel(SubquadPreTrainedModel):
         if use_cache and cache is None and self.config.causal:
             cache = SubquadCache(len(self.layers))
         x = self._embed(x, attention_mask, position_ids, cu_seqlens, cache)
+        if prefix_lengths is not None:
+            self._check_prefix(cache)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         all_states: list[Tensor] = []
-        losses: list[Tensor] = []
+        losses: list[dict[str, Any]] = []
         for layer, block in enumerate(self.layers):
             if output_hidden_states:
                 all_states.append(x)
@@ -215,6 +220,7 @@ class SubquadModel(SubquadPreTrainedModel):
                 "mask": mask,
                 "cu_seqlens": cu_seqlens,
                 "positions": self._positions_for(own, position_ids, x),
+                "prefix_lengths": prefix_lengths if Pattern.PREFIX_SELF in own.patterns else None,
                 "state": None if cache is None else cache.states[layer].state,
                 "use_state": cache is not None,
             }
@@ -225,7 +231,7 @@ class SubquadModel(SubquadPreTrainedModel):
             else:
                 mixed = block(x, **request)
             x = mixed.output
-            losses += mixed.losses.values()
+            losses.append(mixed.losses)
             if cache is not None:
                 cache.states[layer].store(mixed.state, x.shape[1])
         x = self.norm(x)
@@ -235,7 +241,7 @@ class SubquadModel(SubquadPreTrainedModel):
             last_hidden_state=x,
             cache=cache,
             hidden_states=tuple(all_states) or None,
-            auxiliary_loss=torch.stack(losses).sum() if losses else None,
+            auxiliary_loss=total_loss(losses),
         )
 
     def _checked(self, input_ids: Tensor) -> Tensor:
@@ -256,6 +262,13 @@ class SubquadModel(SubquadPreTrainedModel):
         if not self.config.causal:
             raise ValueError("a cache belongs to a causal model; this one has causal=False")
         return cache
+
+    def _check_prefix(self, cache: SubquadCache | None) -> None:
+        if not any(Pattern.PREFIX_SELF in mixer.patterns for mixer in self.mixers()):
+            kinds = ", ".join(sorted({type(mixer).__name__ for mixer in self.mixers()}))
+            raise ValueError(f"prefix_lengths needs a layer for prefix-causal use (jrt, softmax); there is {kinds}")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError("a prefix is read in one call, at the beginning: these tokens go on from a cache")
 
     @staticmethod
     def _current_mask(attention_mask: Tensor | None, x: Tensor, cache: SubquadCache | None) -> Tensor | None:
@@ -364,12 +377,14 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         past_key_values: SubquadCache | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
+        prefix_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits ``(B, T, vocabulary)`` and, with labels, the loss.
 
         Args:
-            labels: ``(B, T)``, the input ids themselves (they are shifted here); -100 is ignored.
+            labels: ``(B, T)``, the input ids themselves (they are shifted here); -100 is ignored, and must stand for
+                the tokens of a prefix and the first after it: inside a prefix every token is seen.
             logits_to_keep: how many last positions get logits (0: all), or which.
             num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
             skip_logits: leave the logits out, so that they never exist as a whole: the loss is computed in chunks.
@@ -387,12 +402,15 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             cu_seq_lens_q=cu_seq_lens_q,
             past_key_values=past_key_values,
+            prefix_lengths=prefix_lengths,
             return_dict=True,
         )
         hidden = outputs.last_hidden_state
         loss = None
         if labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            if prefix_lengths is not None:
+                self._refuse_prefix_targets(targets, attention_mask, prefix_lengths, cu_seq_lens_q)
             if num_items_in_batch is None:
                 loss = linear_cross_entropy(hidden, self.lm_head.weight, targets)
             else:
@@ -408,11 +426,68 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
-    def loss_from_labels(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss in nats where ``labels[b, t]`` is what position t should predict (no shift); -100 is ignored."""
-        outputs = self.model(input_ids=input_ids, use_cache=False, return_dict=True)
-        loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels)
+    def loss_from_labels(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        weights: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Mean loss in nats where ``labels[b, t]`` is what position t should predict (no shift); -100 is ignored.
+
+        With ``weights (B, T)`` it is the sum of the positions' losses, weighted. For ``prefix_lengths`` see
+        :meth:`SubquadModel.forward`.
+        """
+        outputs = self.model(input_ids=input_ids, use_cache=False, prefix_lengths=prefix_lengths, return_dict=True)
+        if weights is None:
+            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels)
+        else:
+            each = linear_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels, reduction="none")
+            loss = (each.view_as(weights) * weights).sum()
         return loss if outputs.auxiliary_loss is None else loss + outputs.auxiliary_loss
+
+    @staticmethod
+    def _refuse_prefix_targets(
+        targets: Tensor, attention_mask: Tensor | None, prefix_lengths: Tensor, cu_seqlens: Tensor | None
+    ) -> None:
+        if cu_seqlens is not None:
+            places = locate(cu_seqlens, targets.shape[1])
+            inside = (places.place < prefix_lengths[places.sequence])[None]
+        elif attention_mask is not None:
+            inside = (attention_mask != 0).cumsum(1) <= prefix_lengths[:, None]
+        else:
+            inside = torch.arange(targets.shape[1], device=targets.device) < prefix_lengths[:, None]
+        if not torch.compiler.is_compiling() and bool(((targets != IGNORED) & inside).any()):
+            raise ValueError(
+                "labels inside a prefix ask for tokens that are seen: set those of the prefix and of the first token "
+                "after it to -100 (masked prefix tokens: training.PrefixLM)"
+            )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A prefix is given with the tokens that it begins; what the cache holds was read with it."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        cache = inputs.get("cache")
+        if cache is not None and cache.get_seq_length():
+            inputs.pop("prefix_lengths", None)
+        return inputs
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """With ``config.prefix_lm`` the prompt is the prefix, also of the steps after it where there is no cache."""
+        cache = model_kwargs.get("cache")
+        begins = cache is None or not cache.get_seq_length()
+        if self.config.prefix_lm and begins and model_kwargs.get("prefix_lengths") is None:
+            mask, prompt = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+            prompt = input_ids if prompt is None else prompt
+            whole = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
+            model_kwargs["prefix_lengths"] = whole if mask is None else (mask != 0).sum(1)
+        if model_kwargs.get("prefix_lengths") is not None and generation_config.prefill_chunk_size is not None:
+            raise ValueError("a prefix is read in one call: prefill_chunk_size does not apply")
+        return super()._prefill(  # type: ignore[misc]
+            input_ids, generation_config, model_kwargs, *args, **kwargs
+        )
 
     def load_cache(self, path: str | os.PathLike[str]) -> SubquadCache:
         """The cache that ``cache.save(path)`` wrote, to go on where it stopped."""

@@ -39,6 +39,63 @@ def next_token(model: Any, batch: BatchLike) -> tuple[Tensor, dict[str, Tensor |
     return total / (labels != IGNORED).sum().clamp(min=1), {}
 
 
+class PrefixLM:
+    """Next tokens after a prefix, and masked tokens inside it (Arora et al. 2024b, "Just read twice", section 4.2).
+
+    In the prefix each token is replaced by the mask token with probability ``mask_rate``. The loss is the mean over the
+    labels after the prefix, plus ``mask_weight`` times the mean over the masked tokens, each of which is asked for in
+    its own place. The first token after the prefix is never asked for: what would predict it lies inside, where all
+    is seen.
+
+    Args:
+        mask_token_id: what stands for a masked token; an id that the data does not hold.
+        prefix: tokens of the prefix, or the least and the most of a length drawn for each row.
+        mask_rate: 0 trains on the rest alone.
+        mask_weight: of the masked tokens' mean.
+
+    Example:
+        >>> PrefixLM(mask_token_id=0, prefix=(2, 3)).lengths(1, 8, "cpu").shape
+        torch.Size([1])
+    """
+
+    def __init__(
+        self, mask_token_id: int, prefix: int | tuple[int, int], *, mask_rate: float = 0.15, mask_weight: float = 0.25
+    ) -> None:
+        least, most = (prefix, prefix) if isinstance(prefix, int) else prefix
+        if not 0 <= least <= most:
+            raise ValueError(f"prefix must be a number of tokens >= 0, or the least and the most; got {prefix}")
+        if not isinstance(mask_token_id, int) or mask_token_id < 0:
+            raise ValueError(f"mask_token_id must be a token id; got {mask_token_id!r} (the tokenizer needs one)")
+        if not 0 <= mask_rate < 1 or mask_weight < 0:
+            raise ValueError(f"mask_rate must lie in [0, 1) and mask_weight be >= 0; got {mask_rate}, {mask_weight}")
+        self.mask_token_id, self.least, self.most = mask_token_id, least, most
+        self.mask_rate, self.mask_weight = mask_rate, mask_weight
+
+    def lengths(self, batch: int, time: int, device: torch.device | str) -> Tensor:
+        """Prefix lengths ``(B,)`` of a batch, from torch's generator.
+
+        Raises:
+            ValueError: rows that end with the prefix or before it.
+        """
+        if self.most >= time:
+            raise ValueError(f"a prefix of {self.most} tokens leaves nothing to predict in rows of {time}")
+        return torch.randint(self.least, self.most + 1, (batch,), device=device)
+
+    def __call__(self, model: Any, batch: BatchLike) -> tuple[Tensor, dict[str, Tensor | float]]:
+        inputs = batch.inputs
+        lengths = self.lengths(*inputs.shape, inputs.device)
+        inside = torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]
+        masked = inside & (torch.rand(inputs.shape, device=inputs.device) < self.mask_rate)
+        labels = batch.labels.where(~inside, IGNORED)
+        after = labels != IGNORED
+        labels = torch.where(masked, inputs, labels)
+        weights = after / after.sum().clamp(min=1) + self.mask_weight * masked / masked.sum().clamp(min=1)
+        loss = model.loss_from_labels(
+            inputs.where(~masked, self.mask_token_id), labels, weights=weights, prefix_lengths=lengths
+        )
+        return loss, {"masked share": masked.sum() / inside.sum().clamp(min=1)}
+
+
 class StepModule(nn.Module):
     """A model together with its objective, as one module.
 
