@@ -1,0 +1,1 @@
+"""The gates of causal flow attention: prefix sums along each head, in one pass."""
