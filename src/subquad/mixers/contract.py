@@ -4,9 +4,9 @@ The checks that all mixers share live in :meth:`Mixer.forward`; a mixer itself w
 state is a recurrence derive from :class:`RecurrentMixer`, which takes padding and positions off their hands.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,37 @@ class Pattern(StrEnum):
     PREFIX_SELF = "prefix-causal self-attention"
 
 
+class PooledLoss(Protocol):
+    """What one layer contributes to an auxiliary loss that is taken over the tokens of all layers together."""
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Self]) -> Tensor:
+        """The loss, a scalar, from the contributions of all layers."""
+        ...
+
+
 class MixerOutput(NamedTuple):
-    """Output ``(B, T, D)``, the state after the last token (None unless asked for), and auxiliary losses by name."""
+    """Output ``(B, T, D)``, the state after the last token (None unless asked for), and auxiliary losses by name.
+
+    A loss is a scalar, to which those of other layers are added, or a :class:`PooledLoss`.
+    """
 
     output: Tensor
     state: State | None
-    losses: dict[str, Tensor]
+    losses: dict[str, Any]
+
+
+def total_loss(layers: Iterable[Mapping[str, Any]]) -> Tensor | None:
+    """The sum of all layers' auxiliary losses, each kind of :class:`PooledLoss` taken once; None: there are none."""
+    losses: list[Tensor] = []
+    pooled: dict[tuple[str, Any], list[Any]] = {}
+    for name, loss in (item for layer in layers for item in layer.items()):
+        if isinstance(loss, Tensor):
+            losses.append(loss)
+        else:
+            pooled.setdefault((name, type(loss)), []).append(loss)
+    losses += [kind.pooled(parts) for (_, kind), parts in pooled.items()]
+    return torch.stack(losses).sum() if losses else None
 
 
 class MatrixState(NamedTuple):

@@ -258,15 +258,14 @@ class GatedDeltaNet(DeltaNet):
         )
 
 
-class ForgetGate(nn.Module):
-    """``-exp(A_log) softplus(W x + dt_bias)``: a log decay per head, as in Mamba-2 (Dao & Gu 2024), float32.
+class HeadDecay(nn.Module):
+    """``-exp(A_log) softplus(logit + dt_bias)``: a log decay per head, as in Mamba-2 (Dao & Gu 2024), float32.
 
     A starts uniform in (0, 16), the step log-uniform in [1e-3, 1e-1]; neither is decayed by the optimizer.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, num_heads: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, num_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         for parameter in (self.A_log, self.dt_bias):
@@ -279,9 +278,20 @@ class ForgetGate(nn.Module):
         step = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
 
+    def forward(self, logit: Tensor) -> Tensor:
+        """``(..., H)`` -> the same shape, at most 0."""
+        return -wide(self.A_log).exp() * F.softplus(wide(logit) + wide(self.dt_bias))
+
+
+class ForgetGate(HeadDecay):
+    """:class:`HeadDecay` of a projection, ``(B, T, D)`` -> ``(B, T, H)``."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(num_heads)
+        self.proj = nn.Linear(dim, num_heads, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, T, D)`` -> ``(B, T, H)``, at most 0."""
-        return -wide(self.A_log).exp() * F.softplus(wide(self.proj(x)) + wide(self.dt_bias))
+        return super().forward(self.proj(x))
 
 
 class DeltaProduct(RecurrentMixer):
