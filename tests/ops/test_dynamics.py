@@ -12,7 +12,12 @@ from subquad.ops.dynamics import RecurrentSystem, Watch, matrix_system
 from tests.mixers.cases import make, tokens
 
 #: Mixers whose output is not linear in what they write, or that mix tokens by no op: they must say so.
-NO_SYSTEMS = {"diag_attention"}
+NO_SYSTEMS = {
+    "base_conv",  # a convolution alone
+    *("echo_state", "elman", "gru", "jordan", "lstm"),  # gates or activations read the state
+    *("neural_memory", "titans_mac", "titans_mag", "titans_mal"),  # learns from its own answers
+    *("diag_attention", "flow", "mom"),  # built on calls with states, masks or packed pieces
+}
 CAUSAL = [n for n in mixers.available() if Pattern.CAUSAL_SELF in mixers.mixer_class(n).patterns]
 
 
@@ -30,7 +35,7 @@ def systems_of(op, *arguments, **options):
 def test_a_mixer_is_rebuilt_from_its_systems_or_says_that_it_has_none(name):
     mixer, x = make(name), tokens()
     if name in NO_SYSTEMS:
-        with pytest.raises(ValueError, match=r"no linear system|by no op|without a mask"):
+        with pytest.raises(ValueError, match=r"no linear system|by no op|on whole sequences"):
             mixer.dynamics(x)
         return
     found = mixer.dynamics(x)
@@ -71,6 +76,32 @@ def test_a_divided_attention_with_the_sum_as_its_divisor_is_linear_attention():
     (divided,) = systems_of(ops.linear_attention, q / total[..., None], k, v)
     (linear,) = systems_of(ops.linear_attention, q, k, v, normalize=True, eps=0.0)
     torch.testing.assert_close(divided.weights(), linear.weights())
+
+
+def test_a_scan_with_one_decay_per_head_is_scalar_decay_attention():
+    """Sieber et al. 2024, lemma 2; without decay it is unnormalised linear attention."""
+    u, B, C = draw(1, 9, 3), draw(1, 9, 4, seed=1), draw(1, 9, 4, seed=2)
+    step = draw(1, 9, 1, seed=3).exp()
+    for rate in (-0.7, 0.0):
+        A = torch.full((3, 4), rate, dtype=torch.float64)
+        (scan,) = systems_of(ops.selective_scan, u, step.expand(-1, -1, 3), A, B, C)
+        k = (step * B)[:, :, None]
+        if rate:
+            (attention,) = systems_of(ops.simple_gla, C[:, :, None], k, u[:, :, None], rate * step, scale=1.0)
+        else:
+            (attention,) = systems_of(ops.linear_attention, C[:, :, None], k, u[:, :, None])
+        torch.testing.assert_close(scan.weights(), attention.weights().expand(-1, 3, -1, -1))
+
+
+def test_a_reversed_gate_with_a_tied_write_is_a_scan_with_one_state():
+    """Sieber et al. 2024, lemmas 3 and 5: ``e^{-softplus(z) a} = sigmoid(-z)^a``."""
+    z, u, b = draw(1, 9, 3), draw(1, 9, 3, seed=1), draw(1, 9, 3, seed=2)
+    exponent = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    step = F.softplus(z)
+    torch.testing.assert_close((-step * exponent).exp(), torch.sigmoid(-z) ** exponent)
+    h, _ = ops.diagonal_scan(torch.sigmoid(-z) ** exponent, step * b * u)
+    y, _ = ops.selective_scan(u, step, -exponent[:, None], b[..., None], torch.ones_like(b)[..., None])
+    torch.testing.assert_close(h, y)
 
 
 def test_taylor_features_of_rising_order_approach_softmax():

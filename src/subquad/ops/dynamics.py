@@ -4,7 +4,7 @@ Per head, with a state S (K, V), n updates per token and the values v as input::
 
     S_t = L_t S_{t-1} + sum_j B_tj v_tj^T        y_t = S_t^T C_t + D v_t
 
-L_t is diagonal, ``e^{g_t}``, or that followed by n rank-one erasures ``I - w_tj e_tj^T``. Nothing is kept dense.
+L_t is diagonal, or that followed by n rank-one erasures ``I - w_tj e_tj^T``. Nothing is kept dense.
 
 While a :class:`Watch` is open the doors of the ops build their system, hand it over, and return what it gives token by
 token in float64: a mixer run under a watch is rebuilt from its systems alone.
@@ -66,14 +66,14 @@ class RecurrentSystem(System):
     """A state of constant size.
 
     Attributes:
-        log_decay: g ``(B, T, H, 1 or K)`` float64, applied before a token's first update.
+        decay: the diagonal, ``(B, T, H, 1 or K)`` float64, applied before a token's first update.
         write: B, before the erasures of later updates of the token, ``(B, T, n, H, K)``.
         erase: e ``(B, T, n, H, K)`` (w is ``write``); None: nothing is erased.
         read: C ``(B, T, H, K)``; a normaliser stands here.
         skip: D ``(H,)``, for n = 1; None: 0.
     """
 
-    log_decay: Tensor
+    decay: Tensor
     write: Tensor
     read: Tensor
     erase: Tensor | None = None
@@ -81,9 +81,9 @@ class RecurrentSystem(System):
 
     @property
     def transition(self) -> str:
-        if not bool(self.log_decay.any()):
+        if bool((self.decay == 1).all()):
             kind = "identity"
-        elif self.log_decay.shape[-1] == 1:
+        elif self.decay.shape[-1] == 1:
             kind = "scalar"
         else:
             kind = "diagonal"
@@ -98,7 +98,7 @@ class RecurrentSystem(System):
         state = values.new_zeros(batch, heads, self.write.shape[-1], width)
         outputs = []
         for t in range(values.shape[1]):
-            state = self.log_decay[:, t].exp()[..., None] * state
+            state = self.decay[:, t, ..., None] * state
             for j in range(updates):
                 write, value = self.write[:, t, j], values[:, t, j]
                 if self.erase is not None:
@@ -111,7 +111,7 @@ class RecurrentSystem(System):
     def matrices(self, t: int) -> Tensor:
         """L_t, dense: ``(B, H, K, K)``."""
         batch, _, updates, heads, width = self.write.shape
-        result = torch.diag_embed(self.log_decay[:, t].exp().expand(batch, heads, width))
+        result = torch.diag_embed(self.decay[:, t].expand(batch, heads, width))
         for j in range(updates):
             if self.erase is not None:
                 erased = torch.einsum("bhk,bhkm->bhm", self.erase[:, t, j], result)
@@ -122,12 +122,12 @@ class RecurrentSystem(System):
         """The same map on the state ``f_t S_t``, factors ``(B, T, H)`` positive: another L, B and C, equal weights."""
         if self.erase is not None:
             raise ValueError("a state that erases is read by its own updates: its scale cannot be changed alone")
-        log = factors.double().log()
-        change = torch.cat([torch.zeros_like(log[:, :1]), log[:, 1:] - log[:, :-1]], dim=1)[..., None]
+        factors = factors.double()
+        change = torch.cat([torch.ones_like(factors[:, :1]), factors[:, 1:] / factors[:, :-1]], dim=1)[..., None]
         return RecurrentSystem(
             self.op,
             self.values,
-            self.log_decay + change,
+            self.decay * change,
             self.write * factors[:, :, None, :, None],
             self.read / factors[..., None],
             None,
@@ -206,13 +206,18 @@ class Watch:
 _active: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
+def _opened() -> Watch | None:
+    """The open watch; in a compiled graph there is none, for a context variable cannot be traced."""
+    return None if torch.compiler.is_compiling() else _active.get()
+
+
 def watching(op: str, *, initial_state: object, return_state: bool, cu_seqlens: Tensor | None) -> Watch | None:
     """The open watch, if any. A system is analysed on whole sequences from the empty state.
 
     Raises:
         ValueError: a state or packed sequences under a watch.
     """
-    watch = _active.get()
+    watch = _opened()
     if watch is not None and (initial_state is not None or return_state or cu_seqlens is not None):
         raise ValueError(
             f"{op} is analysed on whole sequences: without initial_state, return_state (use_state) and cu_seqlens"
@@ -222,14 +227,14 @@ def watching(op: str, *, initial_state: object, return_state: bool, cu_seqlens: 
 
 def note_outside(what: str) -> None:
     """Tells an open watch of something that mixes tokens beside the systems."""
-    watch = _active.get()
+    watch = _opened()
     if watch is not None:
         watch.outside.append(what)
 
 
 def refuse_nonlinear(op: str, why: str) -> None:
     """Raises under a watch: an op whose output is not linear in its values has no such system."""
-    if _active.get() is not None:
+    if _opened() is not None:
         raise ValueError(f"{op} is no linear system: {why}; subquad.bench.systems.linearized looks at it nearby")
 
 
@@ -259,8 +264,8 @@ def matrix_system(
         log_decay = query.new_zeros(heads)
     if log_decay.ndim == 1:
         log_decay = log_decay.expand(batch, time, heads)
-    log_decay = log_decay.double()
-    gates = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+    decay = log_decay.double().exp()
+    decay = decay if decay.ndim == 4 else decay[..., None]
     read = scale * query
     if normalizer_eps is not None:
         total = torch.einsum("bthk,bthk->bth", query, key.sum(2).cumsum(1)) + normalizer_eps
@@ -268,4 +273,4 @@ def matrix_system(
     write, erase = key, None
     if beta is not None:
         write, erase = key * beta.double().unflatten(1, (time, -1))[..., None], key
-    return RecurrentSystem(op, v.unflatten(1, (time, -1)), gates, write, read, erase)
+    return RecurrentSystem(op, v.unflatten(1, (time, -1)), decay, write, read, erase)

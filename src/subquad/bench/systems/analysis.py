@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -68,13 +69,18 @@ class Analysis:
 
     def table(self) -> Table:
         """For a rich console."""
-        table = Table(title="mixers as linear time-varying systems", caption=CAPTION, caption_justify="left")
-        for heading in ("mixer", "transition"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("state", "half-life", "longest", "coupling", "rank", "reach", "error"):
-            table.add_column(heading, justify="right")
+        worst = max((part.error for part in self.parts), default=0.0)
+        caption = f"{CAPTION} Outputs were rebuilt from the systems to {worst:.0e} of their largest value."
+        table = Table(
+            title="mixers as linear time-varying systems", caption=caption, caption_justify="left", box=box.SIMPLE
+        )
+        table.add_column("mixer", no_wrap=True)
+        table.add_column("transition")
+        for heading in ("state", "half-life", "coupling", "rank", "reach"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in map(Part.figures, self.parts):
-            table.add_row(row["mixer"], row["transition"], *cells(row))
+            state, half_life, _, coupling, rank, reach, _ = cells(row)
+            table.add_row(row["mixer"], row["transition"], state, half_life, coupling, rank, reach)
         return table
 
     def write(self, folder: Path) -> Path:
@@ -85,9 +91,9 @@ class Analysis:
 
 
 CAPTION = (
-    "state: bytes kept per sequence; half-life: tokens until half of a mode is forgotten, median and longest; "
-    "coupling: of keeping with writing, -1 to 1; rank: numbers of the first half of the tokens that reach the second; "
-    "reach: tokens back that hold 95% of the weight; error: of the output rebuilt from the system."
+    "state: bytes kept per sequence; half-life: tokens until half of a mode is forgotten, median; coupling: of keeping "
+    "with writing, -1 to 1; rank: numbers of the first half of the tokens that reach the second; reach: tokens back "
+    "that hold 95% of the weight."
 )
 
 

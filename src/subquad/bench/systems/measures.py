@@ -19,7 +19,7 @@ def eigenvalues(system: RecurrentSystem, tokens: int = SAMPLED) -> Tensor:
     time = system.read.shape[1]
     places = torch.linspace(0, time - 1, min(tokens, time)).round().to(torch.int64)
     if system.erase is None:
-        return system.log_decay[:, places].exp()
+        return system.decay[:, places]
     return torch.stack([torch.linalg.eigvals(system.matrices(int(t))) for t in places], dim=1)
 
 
@@ -27,7 +27,7 @@ def half_lives(system: RecurrentSystem) -> Tensor:
     """Tokens in which a mode of the state falls to a half, ``(H, K or 1)``, slowest last; inf: it stays, nan: no trend.
 
     By the mean of ``log |eigenvalue|`` over sequences and tokens: of channels where L is diagonal, of eigenvalues in
-    their order of size where it is not.
+    their order of size where it is not. The first token is left out: what it forgets is empty.
 
     Example: a constant decay of one half.
         >>> from subquad.ops.dynamics import matrix_system
@@ -36,25 +36,28 @@ def half_lives(system: RecurrentSystem) -> Tensor:
         [[1.0, 1.0]]
     """
     if system.erase is None:
-        log = system.log_decay.mean(dim=(0, 1))
+        log = _log_size(system.decay[:, 1:]).mean(dim=(0, 1))
     else:
-        size = eigenvalues(system).abs().sort(dim=-1).values
-        log = size.clamp(min=torch.finfo(torch.float64).tiny).log().mean(dim=(0, 1))
+        log = _log_size(eigenvalues(system)[:, 1:]).sort(dim=-1).values.mean(dim=(0, 1))
     lives = torch.where(log < -1e-12, math.log(0.5) / log, torch.inf)
     return lives.sort(dim=-1).values
 
 
 def coupling(system: RecurrentSystem) -> Tensor:
     """Correlation over tokens of ``log |L_t|`` with ``log |B_t|``, ``(H,)``: -1 where a token that writes more makes
-    the state forget more, 0 where the two are free or either is constant.
+    the state forget more, 0 where the two are free or either is constant. The first token is left out.
     """
-    forget = system.log_decay.mean(-1)
-    write = system.write.square().sum(dim=(2, 4)).clamp(min=torch.finfo(torch.float64).tiny).sqrt().log()
+    forget = _log_size(system.decay[:, 1:]).mean(-1)
+    write = _log_size(system.write[:, 1:].square().sum(dim=(2, 4)).sqrt())
     forget, write = (x.flatten(0, 1) for x in (forget, write))
     forget, write = forget - forget.mean(0), write - write.mean(0)
     scale = forget.square().sum(0).sqrt() * write.square().sum(0).sqrt()
     product = (forget * write).sum(0)
     return torch.where(scale > 1e-12, product / scale.clamp(min=1e-12), 0.0)
+
+
+def _log_size(x: Tensor) -> Tensor:
+    return x.abs().clamp(min=torch.finfo(torch.float64).tiny).log()
 
 
 def memory_rank(weights: Tensor, tolerance: float = 1e-6) -> Tensor:

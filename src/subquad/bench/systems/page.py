@@ -44,7 +44,7 @@ def _reach(analysis: Analysis) -> Plot | None:
         weight = weight / weight.sum()
         length = len(weight) * 3 // 4  # few tokens have one farther back
         axes.plot(
-            range(1, length + 1), weight[:length].clamp(min=1e-12).tolist(), label=part.name,
+            range(1, length + 1), weight[:length].clamp(min=1e-12).tolist(),
             **{**style_of[part.name], "markevery": max(1, length // 8)},
         )  # fmt: skip
         said.append(f"{part.name} {float(measures.reach(part.weights).mean()):.0f}")
