@@ -138,7 +138,18 @@ SYSTEMS = (
         "lightnet",
         "LightNet",
         "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
-        "mixer, models",
+        "op, mixer, positions",
+        names={
+            "ops": {"additive_attention": Named("subquad.ops:additive_attention")},
+            "mixers": {"lightnet": Named("subquad.mixers.lightnet:LightNet")},
+            "positions": {
+                "md_lrpe": Named("subquad.positions.md_lrpe:MDLRPE"),
+                "md_tpe": Named("subquad.positions.md_lrpe:MDTPE"),
+            },
+        },
+        patterns=(CAUSAL_SELF, FULL_SELF, CAUSAL_CROSS, FULL_CROSS),
+        backends=ALL_BACKENDS,
+        state="built",
     ),
     System(
         5,
@@ -170,7 +181,16 @@ SYSTEMS = (
         "hedgehog",
         "Hedgehog",
         "The Hedgehog & the Porcupine, Expressive Linear Attentions with Softmax Mimicry",
-        "feature map, mixer, conversion",
+        "feature maps, mixer, training",
+        names={
+            "ops": {"exponential_linear_attention": Named("subquad.ops:exponential_linear_attention")},
+            "mixers": {
+                "hedgehog": Named("subquad.mixers.linear:LinearAttention", {"feature_map": "hedgehog_softmax"}),
+            },
+        },
+        patterns=(CAUSAL_SELF, FULL_SELF, CAUSAL_CROSS, FULL_CROSS),
+        backends=ALL_BACKENDS,
+        state="built",
     ),
     System(8, "lion", "LION", "Linear Group RNN for 3D Object Detection in Point Clouds", "point-cloud model"),
     System(
@@ -178,7 +198,19 @@ SYSTEMS = (
         "based",
         "BASED",
         "Simple linear attention language models balance the recall-throughput tradeoff",
-        "op, mixer, language model",
+        "op, mixers, language model",
+        names={
+            "ops": {"taylor_linear_attention": Named("subquad.ops:taylor_linear_attention")},
+            "mixers": {
+                "taylor_linear": Named(
+                    "subquad.mixers.linear:LinearAttention", {"feature_map": "taylor", "feature_dim": 16}
+                ),
+                "base_conv": Named("subquad.mixers.base_conv:BaseConv"),
+            },
+        },
+        patterns=(CAUSAL_SELF, FULL_SELF, CAUSAL_CROSS, FULL_CROSS),
+        backends=ALL_BACKENDS,
+        state="built",
     ),
     System(
         10,
@@ -213,7 +245,17 @@ SYSTEMS = (
         "dsf",
         "DSF",
         "Understanding the differences in Foundation Models (the Dynamical Systems Framework)",
-        "system analysis",
+        "system analysis, mixer",
+        names={
+            "mixers": {
+                "normalized_attention": Named("subquad.mixers.normalized_attention:NormalizedAttention"),
+                "qlstm": Named("subquad.mixers.qlstm:QLSTM"),
+            },
+            "analysis": {"systems": Named("subquad.bench.systems:analyze_mixers")},
+        },
+        patterns=(CAUSAL_SELF,),
+        backends=ALL_BACKENDS,
+        state="built",
     ),
     System(
         13,
@@ -224,7 +266,17 @@ SYSTEMS = (
     ),
     System(14, "urpe", "URPE", "Your Transformer May Not be as Powerful as You Expect", "positions"),
     System(15, "lolcats", "LoLCATs", "On Low-Rank Linearizing of Large Language Models", "conversion"),
-    System(16, "mom", "MoM", "Linear Sequence Modeling with Mixture-of-Memories", "mixer"),
+    System(
+        16,
+        "mom",
+        "MoM",
+        "Linear Sequence Modeling with Mixture-of-Memories",
+        "mixer",
+        names={"mixers": {"mom": Named("subquad.mixers.mixture_of_memories:MixtureOfMemories")}},
+        patterns=(CAUSAL_SELF,),
+        backends=ALL_BACKENDS,
+        state="built",
+    ),
     System(
         17,
         "lina_speech",
@@ -310,7 +362,20 @@ SYSTEMS = (
         "conversion, feed-forward",
     ),
     System(30, "gtrxl", "GTrXL", "Stabilizing Transformers for Reinforcement Learning", "policy model"),
-    System(31, "aaren", "Aaren", "Attention as an RNN", "op, mixer"),
+    System(
+        31,
+        "aaren",
+        "Aaren",
+        "Attention as an RNN",
+        "op, mixer",
+        names={
+            "ops": {"prefix_attention": Named("subquad.ops:prefix_attention")},
+            "mixers": {"aaren": Named("subquad.mixers.aaren:Aaren")},
+        },
+        patterns=(CAUSAL_SELF,),
+        backends=ALL_BACKENDS,
+        state="built",
+    ),
     System(32, "linfusion", "LinFusion", "1 GPU, 1 Minute, 16K Image", "conversion, mixer"),
     System(
         33,
@@ -333,7 +398,28 @@ SYSTEMS = (
         "Dual Cross-Attention Learning for Fine-Grained Categorization and Object Re-Identification",
         "vision training",
     ),
-    System(36, "titans", "Titans", "Learning to Memorize at Test Time", "op, mixers"),
+    System(
+        36,
+        "titans",
+        "Titans",
+        "Learning to Memorize at Test Time",
+        "op, mixers",
+        names={
+            "ops": {
+                "neural_memory": Named("subquad.ops:neural_memory"),
+                "neural_memory_read": Named("subquad.ops:neural_memory_read"),
+            },
+            "mixers": {
+                "neural_memory": Named("subquad.mixers.neural_memory:NeuralMemory"),
+                "titans_mac": Named("subquad.mixers.titans:TitansMAC"),
+                "titans_mag": Named("subquad.mixers.titans:TitansMAG"),
+                "titans_mal": Named("subquad.mixers.titans:TitansMAL"),
+            },
+        },
+        patterns=(CAUSAL_SELF,),
+        backends=TORCH_ONLY,
+        state="built",
+    ),
     System(
         37,
         "sigmareparam",
@@ -385,7 +471,23 @@ SYSTEMS = (
         "Taming Multimodal LLM for Joint Perception and Understanding",
         "multimodal model",
     ),
-    System(46, "mamba", "Mamba", "Linear-Time Sequence Modeling with Selective State Spaces", "op, mixer"),
+    System(
+        46,
+        "mamba",
+        "Mamba",
+        "Linear-Time Sequence Modeling with Selective State Spaces",
+        "op, mixer",
+        names={
+            "ops": {
+                "selective_scan": Named("subquad.ops:selective_scan"),
+                "diagonal_scan": Named("subquad.ops:diagonal_scan"),
+            },
+            "mixers": {"mamba": Named("subquad.mixers.mamba:Mamba")},
+        },
+        patterns=(CAUSAL_SELF,),
+        backends=ALL_BACKENDS,
+        state="built",
+    ),
     System(47, "van", "VAN", "Visual Attention Network (large kernel attention)", "mixer, vision model"),
     System(
         48,
@@ -422,7 +524,20 @@ SYSTEMS = (
         "GLU Activations as the Core Functions of a Vision Transformer",
         "feed-forward, vision model",
     ),
-    System(53, "flowformer", "Flowformer", "Linearizing Transformers with Conservation Flows", "op, mixer"),
+    System(
+        53,
+        "flowformer",
+        "Flowformer",
+        "Linearizing Transformers with Conservation Flows",
+        "op, mixer",
+        names={
+            "ops": {"flow_attention": Named("subquad.ops:flow_attention")},
+            "mixers": {"flow": Named("subquad.mixers.flow:FlowAttention")},
+        },
+        patterns=(CAUSAL_SELF, FULL_SELF, FULL_CROSS),
+        backends=ALL_BACKENDS,
+        state="built",
+    ),
     System(
         54,
         "hyperzzw",
@@ -450,7 +565,14 @@ SYSTEMS = (
         "jrt",
         "JRT",
         "Just read twice, closing the recall gap for recurrent language models",
-        "op, mixer, decoding",
+        "op, mixer, training",
+        names={
+            "ops": {"prefix_linear_attention": Named("subquad.ops:prefix_linear_attention")},
+            "mixers": {"jrt": Named("subquad.mixers.prefix:PrefixLinearAttention")},
+        },
+        patterns=(CAUSAL_SELF, FULL_SELF, PREFIX_SELF),
+        backends=ALL_BACKENDS,
+        state="built",
     ),
     System(
         59,
@@ -515,7 +637,18 @@ SYSTEMS = (
         "rnn_review",
         "RNN review",
         "A Critical Review of Recurrent Neural Networks for Sequence Learning",
-        "mixers, seq2seq model",
+        "mixers, seq2seq model, training",
+        names={
+            "mixers": {
+                "elman": Named("subquad.mixers.recurrent_networks:Elman"),
+                "jordan": Named("subquad.mixers.recurrent_networks:Jordan"),
+                "lstm": Named("subquad.mixers.recurrent_networks:LSTM"),
+                "gru": Named("subquad.mixers.recurrent_networks:GRU"),
+                "echo_state": Named("subquad.mixers.recurrent_networks:EchoState"),
+            },
+        },
+        patterns=(CAUSAL_SELF,),
+        state="built",
     ),
     System(
         69,

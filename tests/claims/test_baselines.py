@@ -8,7 +8,9 @@ import torch
 from subquad import SubquadConfig, SubquadForCausalLM, mixers, ops
 from subquad.claims.deltanet import AdditiveLinearAttention, WeightedLinearAttention
 from subquad.claims.experiment import replace_mixers, replace_submodules
+from subquad.claims.flowformer import GatedFlow, NoAllocation, NoCompetition
 from subquad.claims.gla import ConstantGate, ScalarGate
+from subquad.claims.hedgehog import linear_copy
 from subquad.claims.lightning2 import cumulative_attention
 from subquad.claims.transnormer import normed_row, scaled_row
 from subquad.claims.transnormerllm import GatedSoftmaxAttention
@@ -98,6 +100,41 @@ def test_scaling_the_scores_scales_one_gradient_and_not_the_other():
         torch.testing.assert_close(row(scores * 100, values), row(scores, values), rtol=1e-3, atol=1e-3)
     gradient = torch.autograd.functional.jacobian(lambda s: normed_row(s, values), scores * 1e-12)
     torch.testing.assert_close(gradient, values.T / math.sqrt(1e-6), rtol=1e-6, atol=1e-6)
+
+
+def test_flow_attention_without_a_gate_is_what_its_name_says(x):
+    torch.manual_seed(0)
+    whole = mixers.build("flow", 32, num_heads=4)
+    q, k, v = whole._project(x, x)
+    plain, _ = ops.linear_attention(q, k, v, normalize=True)
+
+    def output(kind):
+        gated = kind(32, 4)
+        gated.load_state_dict(whole.state_dict())
+        return gated(x).output
+
+    torch.testing.assert_close(output(GatedFlow), whole.o_proj(plain.flatten(-2)), rtol=1e-4, atol=1e-5)
+
+    class Both(GatedFlow):
+        compete = allocate = True
+
+    torch.testing.assert_close(output(Both), whole(x).output, rtol=1e-4, atol=1e-5)
+    for kind in (NoCompetition, NoAllocation):
+        assert not torch.allclose(output(kind), output(Both), rtol=1e-3)
+        assert not torch.allclose(output(kind), output(GatedFlow), rtol=1e-3)
+
+
+def test_a_converted_model_keeps_all_but_its_softmax():
+    teacher = SubquadForCausalLM(
+        SubquadConfig(
+            mixers=["base_conv", "softmax"], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=16
+        )
+    )
+    student = linear_copy(teacher, "hedgehog_softmax")
+    assert [type(mixer).__name__ for mixer in student.model.mixers()] == ["BaseConv", "LinearAttention"]
+    weights = student.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in teacher.state_dict().items())
+    assert all(".phi." in name for name in set(weights) - set(teacher.state_dict()))
 
 
 def test_edits_replace_in_every_layer_and_initialise_as_the_model():

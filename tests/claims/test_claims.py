@@ -9,9 +9,93 @@ from subquad.claims.contract import Row
 
 BITS, FAR, MASS = "bits per byte", "accuracy at 256", "tokens back for 80% of layer 1's mass"
 GRADIENT = "|do/ds| at scores of 1e-{}"
+SHORT_FIRST, LONG_FIRST = "accuracy, short list first", "accuracy, long list first"
 
 # method -> figures that show the paper's effect; then (method, measure, value) changes that each undo it
 MADE_UP = {
+    "based": (
+        {
+            "Taylor, d 16": {"accuracy": 1.0},
+            "Taylor, d 4": {"accuracy": 0.75},
+            "elu + 1, d 16": {"accuracy": 0.3},
+            "window of 16": {"accuracy": 0.02},
+            "a step of Based": {"ms at 128": 200, "ms at 8192": 210},
+            "a step of softmax": {"ms at 128": 250, "ms at 8192": 700},
+        },
+        [
+            ("Taylor, d 16", "accuracy", 0.9),
+            ("Taylor, d 16", "accuracy", 0.7),
+            ("Taylor, d 4", "accuracy", 0.2),
+            ("elu + 1, d 16", "accuracy", 0.6),
+            ("window of 16", "accuracy", 0.2),
+            ("a step of Based", "ms at 8192", 300),
+            ("a step of softmax", "ms at 8192", 300),
+        ],
+    ),
+    "hedgehog": (
+        {
+            "Hedgehog": {"accuracy after the maps": 0.9, "entropy": 1.0},
+            "Hedgehog, joint softmax": {"accuracy after the maps": 0.95},
+            "Hedgehog, exp": {"accuracy after the maps": 0.95},
+            "T2R": {"accuracy after the maps": 0.6, "entropy": 2.0},
+            "elu + 1": {"accuracy after all": 0.6},
+        },
+        [
+            ("Hedgehog", "accuracy after the maps", 0.84),
+            ("T2R", "accuracy after the maps", 0.8),
+            ("Hedgehog", "entropy", 1.3),
+            ("elu + 1", "accuracy after all", 0.9),
+        ],
+    ),
+    "jrt": (
+        {
+            "JRT-RNN": {SHORT_FIRST: 0.96, LONG_FIRST: 0.95},
+            "causal": {SHORT_FIRST: 0.7, LONG_FIRST: 0.6},
+            "JRT-Prompt": {SHORT_FIRST: 0.8, LONG_FIRST: 0.75},
+            "JRT-RNN, half the state": {SHORT_FIRST: 0.6, LONG_FIRST: 0.6},
+            "causal, half the state": {SHORT_FIRST: 0.5, LONG_FIRST: 0.5},
+        },
+        [
+            ("JRT-RNN", SHORT_FIRST, 0.85),
+            ("JRT-RNN", LONG_FIRST, 0.85),
+            ("causal", LONG_FIRST, 0.8),
+            ("causal", SHORT_FIRST, 0.55),
+            ("JRT-RNN", LONG_FIRST, 0.75),
+            ("JRT-Prompt", SHORT_FIRST, 0.72),
+            ("JRT-Prompt", LONG_FIRST, 0.62),
+        ],
+    ),
+    "mamba": (
+        {
+            "Mamba": {"accuracy": 0.99},
+            "fixed maps": {"accuracy": 0.6},
+            "the scan": {"ms at 512": 5},
+            "transformers' fallback": {"ms at 512": 180},
+            "a loop over tokens": {"ms at 512": 30},
+        },
+        [
+            ("Mamba", "accuracy", 0.9),
+            ("fixed maps", "accuracy", 0.8),
+            ("transformers' fallback", "ms at 512", 90),
+            ("a loop over tokens", "ms at 512", 10),
+        ],
+    ),
+    "flowformer": (
+        {
+            "flow attention": {BITS: 3.53},
+            "flow attention, clip 1": {BITS: 3.54},
+            "plain linear": {BITS: 3.63},
+            "without competition": {BITS: 3.55},
+            "without allocation": {BITS: 3.59},
+            "softmax": {BITS: 3.55},
+            "the op": {"ms at 4096": 20, "ms at 16384": 85},
+        },
+        [
+            ("flow attention", BITS, 3.6),
+            ("softmax", BITS, 3.4),
+            ("the op", "ms at 16384", 120),
+        ],
+    ),
     "lightning2": (
         {
             "lightning": {
@@ -118,6 +202,104 @@ MADE_UP = {
             ("RMSNorm for SRMSNorm", BITS, 3.0),
             ("RMSNorm for SRMSNorm", BITS, 3.2),
         ],
+    ),
+    "rnn_review": (
+        {
+            "adding: GRU": {"squared error": 0.004},
+            "adding: LSTM": {"squared error": 0.1},
+            "adding: Elman": {"squared error": 0.17},
+            "neighbours: bidirectional LSTM": {"accuracy": 1.0},
+            "neighbours: LSTM": {"accuracy": 0.75},
+            "gradient at the start": {
+                f"{name}: |d out / d x_1| over |d out / d x_60|": 1e-6
+                for name in ("Elman", "LSTM, forget bias 0", "LSTM, forget bias 2", "GRU")
+            },
+            "RTRL": {"largest difference to BPTT": 1e-15},
+        },
+        [
+            ("adding: GRU", "squared error", 0.03),
+            ("adding: Elman", "squared error", 0.1),
+            ("neighbours: bidirectional LSTM", "accuracy", 0.98),
+            ("neighbours: LSTM", "accuracy", 0.8),
+            ("RTRL", "largest difference to BPTT", 1e-8),
+        ],
+    ),
+    "lightnet": (
+        {
+            "LightNet, one pass": {"accuracy": 0.8},
+            "gated, 2 scans": {"accuracy": 0.81},
+            "gated, 4 scans": {"accuracy": 0.82},
+            "gated, 1 scan": {"accuracy": 0.84},
+            "LightNet, one pass: a training step": {"ms": 20},
+            "gated, 2 scans: a training step": {"ms": 40},
+            "gated, 4 scans: a training step": {"ms": 75},
+            "gated, 1 scan: a training step": {"ms": 25},
+        },
+        [
+            ("LightNet, one pass", "accuracy", 0.77),
+            ("gated, 2 scans: a training step", "ms", 30),
+            ("gated, 4 scans: a training step", "ms", 50),
+        ],
+    ),
+    "aaren": (
+        {
+            "series: Aaren": {"squared error": 0.15},
+            "series: softmax": {"squared error": 0.14},
+            "series: GRU 64": {"squared error": 0.18},
+            "drawn sines: Aaren": {"squared error": 0.37},
+            "drawn sines: softmax": {"squared error": 0.36},
+            "drawn sines: GRU 64": {"squared error": 0.2},
+            "rows: Aaren": {"accuracy": 0.98},
+            "rows: softmax": {"accuracy": 0.99},
+            "rows: GRU 64": {"accuracy": 0.9},
+            "pixels: Aaren": {"accuracy": 0.5},
+            "pixels: softmax": {"accuracy": 0.8},
+            "pixels: GRU 96": {"accuracy": 0.6},
+            "the layer's state": {"state bytes after 16": 160, "state bytes after 1,024": 160},
+            "the op": {"ms at 4096": 0.2, "ms at 16384": 0.9},
+            "torch's attention": {"ms at 16384": 1700},
+        },
+        [
+            ("series: Aaren", "squared error", 0.172),
+            ("series: GRU 64", "squared error", 0.14),
+            ("rows: Aaren", "accuracy", 0.95),
+            ("the layer's state", "state bytes after 1,024", 170),
+            ("the op", "ms at 16384", 1.1),
+            ("torch's attention", "ms at 16384", 0.8),
+        ],
+    ),
+    "mom": (
+        {
+            "64 pairs in 4 memories of K 16": {"mean squared error of recall": 0.2},
+            "64 pairs in one memory of K 16": {"mean squared error of recall": 0.6},
+            "4 memories of K 8": {"accuracy": 0.9},
+            "one memory of K 8": {"accuracy": 0.8},
+            "one memory of K 40": {"accuracy": 0.85},
+        },
+        [
+            ("64 pairs in one memory of K 16", "mean squared error of recall", 0.3),
+            ("4 memories of K 8", "accuracy", 0.82),
+        ],
+    ),
+    "titans": (
+        {
+            "memory": {"accuracy": 0.85},
+            "linear memory": {"accuracy": 0.8},
+            "window of 16": {"accuracy": 0.4},
+            "window of 16, if perfect": {"accuracy": 0.45},
+            "window of 32, gated by a memory": {BITS: 3.1},
+            "window of 32": {BITS: 3.5},
+        },
+        [
+            ("memory", "accuracy", 0.69),
+            ("window of 16", "accuracy", 0.7),
+            ("window of 16, if perfect", "accuracy", 0.7),
+            ("window of 32", BITS, 3.11),
+        ],
+    ),
+    "dsf": (
+        {"normalised attention": {"accuracy": 0.97}, "linear attention, elu + 1": {"accuracy": 0.1}},
+        [("normalised attention", "accuracy", 0.85), ("linear attention, elu + 1", "accuracy", 0.6)],
     ),
     "negative_eigenvalues": (
         {

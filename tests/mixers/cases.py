@@ -12,6 +12,10 @@ OPTIONS = {
     "gla": {"num_key_value_heads": 2, "conv_size": 3},
     "lightning": {"lrpe": True},
     "delta_product": {"gated": True},
+    "neural_memory": {"chunk_size": 5, "expansion": 1.5},
+    "titans_mac": {"segment_size": 6, "chunk_size": 3, "num_persistent": 2, "expansion": 1.5},
+    "titans_mag": {"window_size": 5, "chunk_size": 4, "num_persistent": 2, "expansion": 1.5},
+    "titans_mal": {"window_size": 5, "chunk_size": 4, "num_persistent": 2, "expansion": 1.5},
 }
 NAMES = mixers.available()
 DIM = 32

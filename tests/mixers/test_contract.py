@@ -113,7 +113,9 @@ def test_bfloat16_stays_near_float64(name):
 @names
 def test_every_parameter_gets_a_gradient(name):
     mixer = make(name)
-    mixer(tokens()).output.cos().sum().backward()
+    # a prefix may have weights of its own
+    prefix = torch.tensor([7, 0]) if Pattern.PREFIX_SELF in mixer.patterns else None
+    mixer(tokens(), prefix_lengths=prefix).output.cos().sum().backward()
     without = [n for n, p in mixer.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     assert without == []
 
@@ -141,13 +143,17 @@ def test_non_causal_sees_all_tokens_and_no_padding(name):
 @cross
 @pytest.mark.parametrize("causal", [True, False])
 def test_cross_reads_the_whole_context_and_no_padding(name, causal):
+    alone = Pattern.CAUSAL_CROSS in PATTERNS[name]  # each output depends on its own query, whether causal or not
+    if causal and not alone:
+        pytest.skip("not served")
     options = {"window_size": None, "num_sinks": 0} if name == "sliding_window" else {}
     mixer, x, context = make(name, causal=causal, **options), tokens(time=6), tokens(time=14, seed=1)
     mask = torch.ones(2, 14, dtype=torch.bool)
     mask[0, 10:] = False
     output = mixer(x, context, mask=mask).output
     torch.testing.assert_close(output[:1], mixer(x[:1], context[:1, :10]).output)
-    torch.testing.assert_close(mixer(x[:, :3], context, mask=mask).output, output[:, :3])
+    if alone:
+        torch.testing.assert_close(mixer(x[:, :3], context, mask=mask).output, output[:, :3])
 
 
 @names

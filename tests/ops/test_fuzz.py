@@ -20,6 +20,13 @@ WIDTHS = st.sampled_from([1, 2, 3, 8, 17])
 OPS = {
     "softmax_attention": (ops.softmax_attention, ("qk", "qk", "v")),
     "linear_attention": (ops.linear_attention, ("qk", "qk", "v")),
+    "exponential_linear_attention": (ops.exponential_linear_attention, ("qk", "qk", "v")),
+    "taylor_linear_attention": (ops.taylor_linear_attention, ("qk", "qk", "v")),
+    "prefix_linear_attention": (
+        lambda *x, **options: ops.prefix_linear_attention(*x, prefix_lengths=torch.tensor([0]), **options),
+        ("qk", "qk", "v", "qk", "v"),
+    ),
+    "flow_attention": (ops.flow_attention, ("amount", "amount", "v")),
     "lightning_attention": (ops.lightning_attention, ("qk", "qk", "v", "slope")),
     "simple_gla": (ops.simple_gla, ("qk", "qk", "v", "head_gate")),
     "gla": (ops.gla, ("qk", "qk", "v", "key_gate")),
@@ -27,7 +34,15 @@ OPS = {
     "gated_delta_rule": (ops.gated_delta_rule, ("qk", "qk", "v", "head_gate", "beta")),
     "kda": (ops.kda, ("qk", "qk", "v", "key_gate", "beta")),
     "delta_product": (ops.delta_product, ("qk", "many_k", "many_v", "many_beta", "head_gate")),
+    "additive_attention": (ops.additive_attention, ("qk", "qk", "v")),
+    "prefix_attention": (ops.prefix_attention, ("beta", "v")),
+    "selective_scan": (ops.selective_scan, ("tokens", "steps", "rates", "maps", "maps", "bias")),
+    "diagonal_scan": (ops.diagonal_scan, ("tokens", "tokens")),
     "short_convolution": (ops.short_convolution, ("tokens", "weight", "bias")),
+    "neural_memory": (
+        lambda *x, **options: ops.neural_memory(*x[:6], list(x[6:]), **options),
+        ("qk", "qk", "v", "share", "share", "share", "layer_in", "layer_out"),
+    ),
 }
 
 
@@ -38,6 +53,7 @@ def calls(draw, roles):
     v, n = draw(WIDTHS), draw(st.integers(1, 2))
     shapes = {
         "qk": (b, t, h, k),
+        "amount": (b, t, h, k),
         "v": (b, t, h, v),
         "slope": (h,),
         "head_gate": (b, t, h),
@@ -49,6 +65,12 @@ def calls(draw, roles):
         "tokens": (b, t, k),
         "weight": (k, v),
         "bias": (k,),
+        "steps": (b, t, k),
+        "rates": (k, v),
+        "maps": (b, t, v),
+        "share": (b, t, h),
+        "layer_in": (h, k, n + 1),
+        "layer_out": (h, n + 1, v),
     }
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
@@ -62,10 +84,14 @@ def calls(draw, roles):
             shape = shape[1:]
         own = draw(st.sampled_from(DTYPES)) if spoil == 2 else dtype
         x = torch.randn(shape, generator=generator)
-        if role in ("head_gate", "key_gate"):
+        if role in ("head_gate", "key_gate", "rates"):
             x = -x.abs()
-        elif role in ("beta", "many_beta", "slope"):
+        elif role in ("beta", "many_beta", "slope", "steps"):
             x = x.abs().clamp(max=2)
+        elif role == "share":
+            x = x.abs().clamp(max=1)
+        elif role == "amount":
+            x = x.abs()
         if spoil == 3 and x.numel():
             x.view(-1)[0] = draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]))
         x = x.to(own)
@@ -100,7 +126,7 @@ def calls(draw, roles):
 def test_any_call_gives_a_result_or_a_sentence(name, data):
     op, roles = OPS[name]
     arguments, options = data.draw(calls(roles))
-    if name in ("softmax_attention", "short_convolution"):
+    if name in ("softmax_attention", "short_convolution", "prefix_attention", "selective_scan", "diagonal_scan"):
         options.pop("chunk_size", None)
     try:
         output, state = op(*arguments, **options)

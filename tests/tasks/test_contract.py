@@ -26,6 +26,7 @@ FIRST_BATCH = {
     "parity": "89f8671dea69f394",
     "reverse": "c603b535fa4ab85c",
     "selective_copy": "2816ecd06410a89c",
+    "set_intersection": "2c08f422cde189a2",
 }
 
 every_task = pytest.mark.parametrize("name", tasks.available())

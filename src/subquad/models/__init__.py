@@ -8,6 +8,8 @@ _NAMES = {
     "SubquadForCausalLM": "subquad.models.language",
     "SubquadForMaskedLM": "subquad.models.language",
     "SubquadForSequenceClassification": "subquad.models.language",
+    "EncoderDecoder": "subquad.models.seq2seq",
+    "Hopfield": "subquad.models.recurrent",
 }
 __all__ = list(_NAMES)
 

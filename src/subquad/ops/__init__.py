@@ -3,16 +3,28 @@
 Every op returns ``(output, state)``; the state is None unless asked for.
 """
 
+from subquad.ops.additive import AdditiveState, additive_attention, additive_gates, additive_weights
 from subquad.ops.convolution import short_convolution
 from subquad.ops.delta import delta_attention_matrix, delta_product, delta_rule, gated_delta_rule, kda
+from subquad.ops.diagonal_scan import diagonal_scan
+from subquad.ops.flow import FlowState, flow_attention
 from subquad.ops.gla import gla, simple_gla
 from subquad.ops.lightning import lightning_attention, lightning_slopes, retention_slopes, window_slopes
-from subquad.ops.linear import NormalizedState, linear_attention
+from subquad.ops.linear import ExponentialState, NormalizedState, exponential_linear_attention, linear_attention
+from subquad.ops.neural_memory import NeuralMemoryState, neural_memory, neural_memory_read
+from subquad.ops.prefix_attention import PrefixState, combine_prefix, prefix_attention
+from subquad.ops.prefix_linear import prefix_linear_attention
+from subquad.ops.selective_scan import selective_scan
 from subquad.ops.softmax import SoftmaxState, softmax_attention
+from subquad.ops.taylor import taylor_features, taylor_linear_attention
 
 __all__ = [
     "softmax_attention",
     "linear_attention",
+    "exponential_linear_attention",
+    "taylor_linear_attention",
+    "prefix_linear_attention",
+    "flow_attention",
     "lightning_attention",
     "simple_gla",
     "gla",
@@ -20,11 +32,26 @@ __all__ = [
     "gated_delta_rule",
     "kda",
     "delta_product",
+    "additive_attention",
+    "prefix_attention",
+    "selective_scan",
+    "diagonal_scan",
     "short_convolution",
+    "neural_memory",
+    "neural_memory_read",
     "delta_attention_matrix",
+    "taylor_features",
     "lightning_slopes",
     "retention_slopes",
     "window_slopes",
+    "additive_gates",
+    "additive_weights",
+    "combine_prefix",
+    "NeuralMemoryState",
     "NormalizedState",
+    "AdditiveState",
+    "PrefixState",
+    "ExponentialState",
+    "FlowState",
     "SoftmaxState",
 ]

@@ -4,10 +4,12 @@ from subquad.training.checkpoint import CheckpointError
 from subquad.training.data import Batch, Data, from_task, from_text
 from subquad.training.loop import TrainingResult, train
 from subquad.training.metrics import read_metrics
+from subquad.training.mimicry import Mimicry
 from subquad.training.nonfinite import NonFiniteLoss
-from subquad.training.objectives import Objective, next_token
+from subquad.training.objectives import Objective, PrefixLM, next_token
 from subquad.training.optimizers import adamw, learning_rate_schedule, parameter_groups
 from subquad.training.options import TrainingOptions
+from subquad.training.through_time import RTRL, TruncatedBPTT, gradient_flow
 
 __all__ = [
     "train",
@@ -19,6 +21,11 @@ __all__ = [
     "from_text",
     "Objective",
     "next_token",
+    "PrefixLM",
+    "Mimicry",
+    "TruncatedBPTT",
+    "RTRL",
+    "gradient_flow",
     "adamw",
     "parameter_groups",
     "learning_rate_schedule",
