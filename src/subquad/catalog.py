@@ -251,7 +251,6 @@ SYSTEMS = (
                 "normalized_attention": Named("subquad.mixers.normalized_attention:NormalizedAttention"),
                 "qlstm": Named("subquad.mixers.qlstm:QLSTM"),
             },
-            "analysis": {"systems": Named("subquad.bench.systems:analyze_mixers")},
         },
         patterns=(CAUSAL_SELF,),
         backends=ALL_BACKENDS,

@@ -68,7 +68,7 @@ def mimicry_loss(
     Example:
         >>> from subquad.layers.feature_attention import build_feature_map
         >>> q = k = torch.zeros(1, 2, 1, 4)  # even weights: log 1 and log 2, in the mean log 2 / 2
-        >>> mimicry_loss(build_feature_map("relu", 1, 4), q + 1, k + 1).round(decimals=3).tolist()
+        >>> mimicry_loss(build_feature_map("relu", 1, 4), q + 1, k + 1).double().round(decimals=3).tolist()
         [0.347]
     """
     total, count = q.new_zeros(q.shape[2]), q.new_zeros(())

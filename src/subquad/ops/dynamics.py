@@ -175,10 +175,10 @@ class Watch:
 
     Example:
         >>> from subquad.ops import gla
-        >>> x = torch.ones(1, 3, 1, 1)
+        >>> x = torch.ones(1, 3, 1, 1, dtype=torch.float64)
         >>> with Watch() as watch:
         ...     output, _ = gla(x, x, x, (0.5 * x).log())
-        >>> output.flatten().tolist(), watch.systems[0].weights()[0, 0, 2].tolist()
+        >>> output.flatten().tolist(), watch.systems[0].weights()[0, 0, 2].round(decimals=6).tolist()
         ([1.0, 1.5, 1.75], [0.25, 0.5, 1.0])
     """
 

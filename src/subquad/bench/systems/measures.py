@@ -31,7 +31,7 @@ def half_lives(system: RecurrentSystem) -> Tensor:
 
     Example: a constant decay of one half.
         >>> from subquad.ops.dynamics import matrix_system
-        >>> x = torch.ones(1, 4, 1, 2)
+        >>> x = torch.ones(1, 4, 1, 2, dtype=torch.float64)
         >>> half_lives(matrix_system("gla", x, x, x, scale=1.0, log_decay=(0.5 * x).log())).tolist()
         [[1.0, 1.0]]
     """

@@ -57,7 +57,7 @@ def neural_memory(
         q, k: ``(B, T, H, K)``, one of float64, float32, bfloat16, float16; k of unit length keeps steps comparable.
         v: ``(B, T, H, V)``.
         forget, momentum: ``(B, T, H)`` in [0, 1].
-        step: ``(B, T, H)``, at least 0. A chunk of C equal tokens takes C steps at once: 1 / C is a safe size.
+        step: ``(B, T, H)``, at least 0. C equal tokens in a chunk step at once: above 1 / C they overshoot.
         weights: of the layers, L >= 1 tensors ``(H, K, d_1), (H, d_1, d_2), ..., (H, d_{L-1}, V)``: M before any token.
         norm_residual: ``x + LayerNorm(M(x))`` in place of ``M(x)``; needs K = V.
         max_grad_norm: longer gradients of a token are shortened to this length; None: none is.
