@@ -123,6 +123,15 @@ def test_hugging_face_models_resume_exactly(build, tmp_path, counted_data, optio
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", chosen.steps)
 
 
+@pytest.fixture
+def interruptible():
+    """Shells start what runs in their background with SIGINT ignored; training leaves an ignored signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_signals_save_at_the_step_boundary(number, error, tmp_path, tiny_model, counted_data, options, quiet_train):
     chosen = options()
