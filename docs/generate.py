@@ -5,9 +5,11 @@ the place of a table by ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 CLAIMS = ROOT / "benchmarks" / "results" / "claims.json"
+TIMINGS = ROOT / "benchmarks" / "results" / "ops.json"
 WIDTH, HEADS = 256, 4  # of the mixers whose states are counted
 
 
@@ -168,6 +171,64 @@ def claims() -> str:
     return "\n".join(lines)
 
 
+def timings() -> dict[str, Any]:
+    """What ``make bench`` wrote last; empty without it."""
+    return json.loads(TIMINGS.read_text(encoding="utf-8")) if TIMINGS.exists() else {}
+
+
+NOT_MEASURED = "Nothing is recorded in this tree: `make bench` measures and fills this table."
+
+
+def speed() -> str:
+    """How many times faster than torch's attention the ops are, one thread, by length and direction."""
+    found = timings()
+    if not found:
+        return NOT_MEASURED
+    lengths = (2048, 8192, 16_384)
+    ratios = {(t["op"], t["time"], t["backward"]): t["ratio"] for t in found["timings"] if t["threads"] == 1}
+    header = ["Op", *(f"{length:,}" for length in lengths), *(f"{length:,}, with backward" for length in lengths)]
+    rows = [
+        (f"`{op}`", *(f"{ratios[op, length, backward]:.1f}x" for backward in (False, True) for length in lengths))
+        for op in dict.fromkeys(t["op"] for t in found["timings"])
+    ]
+    where = f"One thread of {found['machine']['processor']}, batch 1, 8 heads of 64, float32, tokens in the heading; "
+    return f"{table(header, rows)}\n\n{where}written by `{found['command']}`."
+
+
+def speed_beside_others() -> str:
+    """Ours against the CPU fallbacks of transformers, and one-token steps against the same layer in plain torch."""
+    found = timings()
+    if not found:
+        return NOT_MEASURED
+    rows = []
+    for row in found["transformers_gated_delta_rule"]:
+        what = f"gated delta rule, forward, {row['time']:,} tokens, {row['heads']} heads of {row['width']}"
+        rows.append((what, "transformers' chunked fallback", f"{row['transformers_chunk_ratio']:.1f}x"))
+        rows.append((what, "transformers' token loop", f"{row['transformers_recurrent_ratio']:.1f}x"))
+    for row in found["mamba"]:
+        seconds, what = row["seconds"], f"{row['time']:,} tokens, width {row['dim']}, {row['threads']} threads"
+        pairs = [
+            ("Mamba's scan, forward", "transformers_scan", "scan", "transformers' token loop"),
+            ("Mamba's scan, forward", "mambapy_scan", "scan", "mambapy's parallel scan"),
+            ("Mamba's mixer, forward", "transformers_mixer", "mixer", "transformers"),
+            (
+                "Mamba's mixer, forward and backward, an eighth of the tokens",
+                "transformers_mixer_both_at_an_eighth",
+                "mixer_both_at_an_eighth",
+                "transformers",
+            ),
+        ]
+        rows += [
+            (f"{name}, {what}", other, f"{seconds[theirs] / seconds[ours]:.1f}x")
+            for name, theirs, ours, other in pairs
+            if theirs in seconds
+        ]
+    for row in found["mixer_steps"]:
+        what = f"`{row['mixer']}`, one token of the whole mixer, width {row['dim']}"
+        rows.append((what, "the same layer in plain torch", f"{row['plain_torch_ratio']:.1f}x"))
+    return table(("Ours", "Beside", "Times faster"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "systems": systems,
     "built": built,
@@ -180,6 +241,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": task_table,
     "foreign_formats": foreign_formats,
     "claims": claims,
+    "speed": speed,
+    "speed_beside_others": speed_beside_others,
 }
 
 
