@@ -32,6 +32,9 @@ docs: $(STAMP)  ## the site, into site/
 
 bench: $(STAMP)  ## every op against torch's attention and the peers; writes benchmarks/results/
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/ops.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/threads.py
+	$(BIN)/python benchmarks/generation_memory.py
+	$(BIN)/python docs/generate.py
 
 claims: $(STAMP)  ## every paper's small experiment; continues past failures, records the figures and writes the docs table
 	$(BIN)/subquad claims --all --seeds 0,1 --write benchmarks/results/claims.json; test $$? -le 1
