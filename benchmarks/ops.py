@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import machine
@@ -60,77 +59,6 @@ def transformers_gated_delta_rule(
             }
         )
     return rows
-
-
-def transformers_mamba(length: int = 2048, dim: int = 256, states: int = 16, both: bool = True) -> dict[str, Any]:
-    """Mamba's mixer and its scan beside transformers' fallback, and mambapy's parallel scan if there is one.
-
-    The fallback's backward pass takes time that grows with the square of the length: it is timed at an eighth of it.
-    """
-    from transformers import MambaConfig
-    from transformers.models.mamba import modeling_mamba as theirs
-
-    ours = mixers.build("mamba", dim, state_size=states).eval()
-    peer = theirs.MambaMixer(MambaConfig(hidden_size=dim, state_size=states, num_hidden_layers=1), 0).eval()
-    weights = ours.state_dict()
-    peer.load_state_dict({**weights, "conv1d.weight": weights["conv1d.weight"][:, None]})
-    scan = _unwrapped(theirs.mamba_selective_scan)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, length, dim, generator=generator)
-    u, delta = torch.randn(2, 1, length, 2 * dim, generator=generator)
-    B, C = torch.randn(2, 1, length, states, generator=generator)
-    delta, A = 0.1 * delta.sigmoid(), -torch.arange(1.0, states + 1).repeat(2 * dim, 1)
-    transposed = [t.mT.contiguous() for t in (u, delta, B, C)]
-
-    def backward(mixer: Callable[[Tensor], Any], tokens: Tensor) -> Callable[[], None]:
-        def run() -> None:
-            y = mixer(tokens.detach().requires_grad_())
-            y = y if isinstance(y, Tensor) else y.output
-            y.sum().backward()
-
-        return run
-
-    with torch.no_grad():
-        y, expected = ours(x).output, peer(x)
-        seconds = {
-            "mixer": best_seconds(partial(ours, x)),
-            "transformers_mixer": best_seconds(partial(peer, x), repeats=2),
-            "scan": best_seconds(partial(ops.selective_scan, u, delta, A, B, C)),
-            "transformers_scan": best_seconds(
-                partial(scan, transposed[0], transposed[1], A, transposed[2], transposed[3]), repeats=2
-            ),
-        }
-        pscan = _mambapy_scan()
-        if pscan is not None:
-
-            def parallel() -> Tensor:
-                decay, write = torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None]
-                return (pscan(decay, write) @ C[..., None])[..., 0]  # type: ignore[misc]
-
-            seconds["mambapy_scan"] = best_seconds(parallel, repeats=2)
-    if both:
-        seconds["mixer_both"] = best_seconds(backward(ours, x))
-        short = x[:, : length // 8]
-        seconds["mixer_both_at_an_eighth"] = best_seconds(backward(ours, short))
-        seconds["transformers_mixer_both_at_an_eighth"] = best_seconds(backward(peer, short), repeats=1)
-    return {
-        "time": length,
-        "dim": dim,
-        "states": states,
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "largest_relative_difference": float((y - expected).abs().max() / expected.abs().max()),
-    }
-
-
-def _mambapy_scan() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """mambapy's parallel scan where ``make peers`` put it."""
-    sys.path.append(str(Path(__file__).parents[1] / ".peers"))
-    try:
-        from mambapy.pscan import pscan
-    except ImportError:
-        return None
-    return pscan  # type: ignore[no-any-return]
 
 
 def _unwrapped(function: Any) -> Any:
@@ -219,10 +147,8 @@ def main() -> None:
     if not arguments.quick:
         results["growth_of_time_per_token"] = token_rates()
         results["transformers_gated_delta_rule"] = transformers_gated_delta_rule()
-        torch.set_num_threads(2)
-        results["mamba"] = [transformers_mamba()]
     path = machine.write("ops-quick" if arguments.quick else "ops", results)
-    for key in ("blas_shares", "mixer_steps", "growth_of_time_per_token", "transformers_gated_delta_rule", "mamba"):
+    for key in ("blas_shares", "mixer_steps", "growth_of_time_per_token", "transformers_gated_delta_rule"):
         for row in results.get(key, []):
             print(key, row)
     print(f"written to {path}")
