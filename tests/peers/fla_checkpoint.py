@@ -17,7 +17,7 @@ class Norm(nn.Module):
 
     def __init__(self, hidden_size, elementwise_affine=True, eps=1e-5, **_):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(hidden_size)), eps
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(hidden_size)), None, eps
 
     def forward(self, x, gate=None):
         normed = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
