@@ -359,6 +359,18 @@ SYSTEMS = (
         "ProSparse",
         "Introducing and Enhancing Intrinsic Activation Sparsity within LLMs",
         "conversion, feed-forward",
+        names={
+            "ops": {
+                "sparse_gated_feedforward": Named("subquad.ops:sparse_gated_feedforward"),
+                "sparse_down_projection": Named("subquad.ops:sparse_down_projection"),
+            },
+            "feedforwards": {
+                "reglu": Named("subquad.feedforward.glu:GatedFeedForward", {"activation": "relu"}),
+                "fatreglu": Named(
+                    "subquad.feedforward.glu:GatedFeedForward", {"activation": "relu", "threshold": 0.01}
+                ),
+            },
+        },
     ),
     System(30, "gtrxl", "GTrXL", "Stabilizing Transformers for Reinforcement Learning", "policy model"),
     System(

@@ -16,6 +16,7 @@ from subquad.ops.prefix_attention import PrefixState, combine_prefix, prefix_att
 from subquad.ops.prefix_linear import prefix_linear_attention
 from subquad.ops.selective_scan import selective_scan
 from subquad.ops.softmax import SoftmaxState, softmax_attention
+from subquad.ops.sparse_feedforward import sparse_down_projection, sparse_gated_feedforward
 from subquad.ops.taylor import taylor_features, taylor_linear_attention
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "short_convolution",
     "neural_memory",
     "neural_memory_read",
+    "sparse_gated_feedforward",
+    "sparse_down_projection",
     "delta_attention_matrix",
     "taylor_features",
     "lightning_slopes",

@@ -25,7 +25,7 @@ from .data import BatchLike, Data, check_batch, count_targets
 from .interrupts import StopSignal
 from .metrics import MetricsLog, Record
 from .nonfinite import NonFiniteLoss, first_non_finite, first_non_finite_parameter
-from .objectives import Objective, StepModule, next_token
+from .objectives import Objective, ScheduledObjective, StepModule, next_token
 from .optimizers import OptimizerFactory, adamw, learning_rate_schedule
 from .options import TrainingOptions
 from .processes import accelerator_for, first_of_any_process, on_main_process, rows_of_process, summed
@@ -207,6 +207,8 @@ class _Run:
             first = (step - 1) * options.accumulate
             raise ValueError(f"step {step} has nothing to learn: every label from data.batch({first}) on is ignored")
         random_state.reseed(options.seed, step, accelerator.process_index)
+        if isinstance(self.objective, ScheduledObjective):
+            self.objective.begin_step(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses, parts = [], []
         for number, batch in enumerate(batches):

@@ -1,6 +1,6 @@
 """Objectives: from a model and a batch to a mean loss and named metrics."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,15 @@ class Objective(Protocol):
 
     def __call__(self, model: Any, batch: BatchLike) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The scalar mean loss over the batch's targets (with its graph), and scalar means to record beside it."""
+        ...
+
+
+@runtime_checkable
+class ScheduledObjective(Protocol):
+    """An objective that changes on the way: the loop tells it the number of each step before the step's batches."""
+
+    def begin_step(self, step: int) -> None:
+        """``step`` = 1, 2, ...; a resumed run begins with the first step that was not done."""
         ...
 
 
