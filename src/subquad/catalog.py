@@ -371,6 +371,8 @@ SYSTEMS = (
                 ),
             },
         },
+        backends=("reference", "chunked", "cpu"),
+        state="built",
     ),
     System(30, "gtrxl", "GTrXL", "Stabilizing Transformers for Reinforcement Learning", "policy model"),
     System(
@@ -394,6 +396,7 @@ SYSTEMS = (
         "Sparsing Law",
         "Towards Large Language Models with Greater Activation Sparsity",
         "measurement, feed-forward",
+        state="built",
     ),
     System(
         34,

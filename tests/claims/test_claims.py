@@ -7,6 +7,7 @@ from subquad import claims
 from subquad.catalog import SYSTEMS
 from subquad.claims.contract import Row
 
+NATS = "nats per byte"
 BITS, FAR, MASS = "bits per byte", "accuracy at 256", "tokens back for 80% of layer 1's mass"
 GRADIENT = "|do/ds| at scores of 1e-{}"
 SHORT_FIRST, LONG_FIRST = "accuracy, short list first", "accuracy, long list first"
@@ -31,6 +32,42 @@ MADE_UP = {
             ("a step of Based", "ms at 8192", 300),
             ("a step of softmax", "ms at 8192", 300),
         ],
+    ),
+    "prosparse": (
+        {
+            "SwiGLU teacher": {NATS: 2.0},
+            "ReLU, no penalty": {NATS: 1.83, "sparsity": 0.56},
+            "fixed 0.015": {NATS: 1.87, "sparsity": 0.9},
+            "fixed 0.002": {"sparsity": 0.7},
+            "fixed 0.03": {"sparsity": 0.94},
+            "ProSparse 0.002": {"sparsity": 0.6},
+            "ProSparse 0.015": {
+                NATS: 1.87,
+                "sparsity": 0.82,
+                f"{NATS}, threshold 0.05": 1.871,
+                "sparsity, threshold 0.05": 0.84,
+            },
+            "ProSparse 0.03": {"sparsity": 0.88},
+            "sparse layers": {"ms at 1": 10},
+            "dense layers": {"ms at 1": 17},
+        },
+        [
+            ("ReLU, no penalty", "sparsity", 0.7),
+            ("fixed 0.015", "sparsity", 0.8),
+            ("fixed 0.015", NATS, 1.9),
+            ("ProSparse 0.015", "sparsity, threshold 0.05", 0.82),
+            ("ProSparse 0.015", f"{NATS}, threshold 0.05", 1.88),
+            ("ProSparse 0.03", "sparsity", 0.8),
+            ("ProSparse 0.002", "sparsity", 0.83),
+            ("sparse layers", "ms at 1", 12),
+        ],
+    ),
+    "sparsing_law": (
+        {
+            "ReLU": {"ratio at 600": 0.12},
+            "SiLU": {"ratio at 75": 0.16, "ratio at 600": 0.27},
+        },
+        [("SiLU", "ratio at 600", 0.17), ("SiLU", "ratio at 75", 0.3)],
     ),
     "hedgehog": (
         {

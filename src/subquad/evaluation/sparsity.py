@@ -21,7 +21,7 @@ Windows = Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
 #: From the site's number, s = act(gate x) (or h without a gate) and h, both (tokens, F), to the active neurons.
 Rule = Callable[[int, Tensor, Tensor], Tensor]
 
-BISECTIONS = 30  # of a layer's threshold
+BISECTIONS, TOLERANCE = 30, 2e-3  # of a layer's threshold, and how far below the error asked for it may stay
 SMALLEST_NORM = 1e-3  # of the mean norm of the outputs: what divides an error is no smaller
 CANDIDATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -135,8 +135,7 @@ def cett_thresholds(model: nn.Module, windows: Windows, error: float) -> Thresho
     """
     _check_share("error", error)
     windows = _checked(windows)
-    sites = feedforward_sites(model)
-    return _thresholds(sites, _hidden(model, windows, sites), error)
+    return _thresholds(_error_curves(model, windows), error)
 
 
 @dataclass(frozen=True)
@@ -166,12 +165,11 @@ def perplexity_sparsity(
     if not percent > 0:
         raise ValueError(f"percent must be above 0; got {percent}")
     windows = _checked(windows)
-    sites = feedforward_sites(model)
-    hidden = _hidden(model, windows, sites)
+    curves = _error_curves(model, windows)
     found: dict[float, tuple[Thresholds, SparsityMeasure]] = {}
 
     def holds(c: float) -> bool:
-        thresholds = _thresholds(sites, hidden, c)
+        thresholds = _thresholds(curves, c)
         found[c] = thresholds, measure(model, windows, truncation(thresholds))
         return found[c][1].perplexity_increase <= percent
 
@@ -192,6 +190,33 @@ def perplexity_sparsity(
         )
     thresholds, reached = found[good]
     return PerplexitySparsity(reached, thresholds, tuple((c, found[c][1]) for c in sorted(found)))
+
+
+def largest_gate_threshold(
+    model: nn.Module, windows: Windows, percent: float = 1.0, *, highest: float = 1.0, tolerance: float = 1e-3
+) -> tuple[float, SparsityMeasure]:
+    """FATReLU's threshold for a trained ReLU model: the largest whose perplexity is at most p percent above.
+
+    Args:
+        percent: p > 0.
+        highest: where the search ends.
+        tolerance: of the threshold.
+
+    Raises:
+        ValueError: p or highest not above 0, or no windows.
+    """
+    if not (percent > 0 and highest > 0):
+        raise ValueError(f"percent and highest must be above 0; got {percent} and {highest}")
+    windows = _checked(windows)
+    good, bad, found = 0.0, highest, measure(model, windows, zero())
+    while bad - good > tolerance:
+        middle = (good + bad) / 2
+        tried = measure(model, windows, fat(middle))
+        if tried.perplexity_increase <= percent:
+            good, found = middle, tried
+        else:
+            bad = middle
+    return good, found
 
 
 # --- on the way ------------------------------------------------------------------------------------------------------
@@ -277,10 +302,9 @@ def _runs(
 
 
 @torch.no_grad()
-def _hidden(
-    model: nn.Module, windows: Iterable[Mapping[str, Tensor]], sites: Sequence[FeedForwardSite]
-) -> list[Tensor]:
-    """Per layer h of all real tokens, ``(tokens, F)`` float32, in the dense model."""
+def _error_curves(model: nn.Module, windows: Iterable[Mapping[str, Tensor]]) -> list["_ErrorCurve"]:
+    """Of every layer, from h of all real tokens, ``(tokens, F)`` float32, in the dense model."""
+    sites = feedforward_sites(model)
     kept: list[list[Tensor]] = [[] for _ in sites]
     latest: dict[int, Tensor] = {}
     handles = [
@@ -294,25 +318,53 @@ def _hidden(
     finally:
         for handle in handles:
             handle.remove()
-    return [torch.cat(parts) for parts in kept]
+    return [_ErrorCurve(site, torch.cat(parts)) for site, parts in zip(sites, kept, strict=True)]
 
 
-@torch.no_grad()
-def _thresholds(sites: Sequence[FeedForwardSite], hidden: Sequence[Tensor], error: float) -> Thresholds:
-    by_layer, by_neuron = {}, {}
-    for site, h in zip(sites, hidden, strict=True):
-        weight = site.down_weight.float()
-        column = torch.linalg.vector_norm(weight, dim=0)
-        norms = h.abs() * column
-        size = torch.linalg.vector_norm(h @ weight.mT, dim=-1)
-        size = size.clamp(min=SMALLEST_NORM * float(size.mean()))
-        low, high = 0.0, float(norms.max())
+class _ErrorCurve:
+    """The error that a threshold makes in one layer, from the layer's own inputs in the dense model.
+
+    It is all but monotone: what was evaluated for one error brackets the threshold of the next.
+    """
+
+    @torch.no_grad()
+    def __init__(self, site: FeedForwardSite, h: Tensor) -> None:
+        self.name, self.h, self.weight = site.name, h, site.down_weight.detach().float()
+        self.column = torch.linalg.vector_norm(self.weight, dim=0)
+        self.norms = h.abs() * self.column
+        size = torch.linalg.vector_norm(h @ self.weight.mT, dim=-1)
+        self.size = size.clamp(min=SMALLEST_NORM * float(size.mean()))
+        self.known = {0.0: 0.0}
+        self.error(2 * float(self.norms.max()))  # nothing is left there
+
+    @torch.no_grad()
+    def error(self, theta: float) -> float:
+        left_out = self.h.where(self.norms < theta, 0) @ self.weight.mT
+        self.known[theta] = float((torch.linalg.vector_norm(left_out, dim=-1) / self.size).mean())
+        return self.known[theta]
+
+    def threshold(self, error: float) -> float:
+        """The largest theta found whose error is at most ``error``, and less than that by ``TOLERANCE`` of it."""
+        low = max(theta for theta, known in self.known.items() if known <= error)
+        above = [theta for theta in self.known if theta > low]
+        if not above:
+            return low
+        high = min(above)
         for _ in range(BISECTIONS):
-            theta = (low + high) / 2
-            left_out = torch.linalg.vector_norm(h.where(norms < theta, 0) @ weight.mT, dim=-1)
-            low, high = (theta, high) if float((left_out / size).mean()) <= error else (low, theta)
-        by_layer[site.name] = low
-        by_neuron[site.name] = (low / column).nan_to_num(nan=math.inf)  # 0 / 0: a neuron that adds nothing
+            under, over = self.known[low], self.known[high]
+            if error - under <= TOLERANCE * error:
+                break
+            share = (error - under) / (over - under)
+            theta = low + (high - low) * min(0.9, max(0.1, share))
+            low, high = (theta, high) if self.error(theta) <= error else (low, theta)
+        return low
+
+
+def _thresholds(curves: Sequence[_ErrorCurve], error: float) -> Thresholds:
+    by_layer = {curve.name: curve.threshold(error) for curve in curves}
+    by_neuron = {  # 0 / 0: a neuron that adds nothing
+        curve.name: (by_layer[curve.name] / curve.column).nan_to_num(nan=math.inf, posinf=math.inf) for curve in curves
+    }
     return Thresholds(error, by_layer, by_neuron)
 
 

@@ -28,6 +28,7 @@ class FeedForwardSite:
         children: the names of gate, up and down in that module; the first is None where there is no gate.
         gate, up, down: its projections (``nn.Linear`` or transformers' ``Conv1D``).
         activation: the elementwise function.
+        activation_attribute: where the module holds it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FeedForwardSite:
     up: nn.Module
     down: nn.Module
     activation: Callable[[Tensor], Tensor]
+    activation_attribute: str
 
     @property
     def down_weight(self) -> Tensor:
@@ -67,10 +69,11 @@ def feedforward_sites(model: nn.Module) -> list[FeedForwardSite]:
         for gate, up, down in LAYOUTS:
             if up not in children or down not in children or (gate is not None and gate not in children):
                 continue
-            activation = next((found for a in ACTIVATIONS if callable(found := getattr(module, a, None))), None)
-            if activation is not None and all(_is_projection(children[n]) for n in (gate, up, down) if n):
+            held = next((attribute for attribute in ACTIVATIONS if callable(getattr(module, attribute, None))), None)
+            if held is not None and all(_is_projection(children[n]) for n in (gate, up, down) if n):
                 projections = (children[gate] if gate else None, children[up], children[down])
-                sites.append(FeedForwardSite(name, module, (gate, up, down), *projections, activation))
+                site = FeedForwardSite(name, module, (gate, up, down), *projections, getattr(module, held), held)
+                sites.append(site)
             break
     if not sites:
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))

@@ -1,0 +1,1 @@
+"""Existing models made faster or safer without training."""
