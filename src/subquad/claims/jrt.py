@@ -79,6 +79,6 @@ CLAIM = Claim(
         at_least(Term(PROMPT, LONG_FIRST), Term(CAUSAL, LONG_FIRST), plus=0.05),
         at_most(Term(CAUSAL, LONG_FIRST), Term(CAUSAL, SHORT_FIRST)),
     ),
-    remark="The gap closes with a larger state, as the paper's theory says; the rows with half the state, features of "
-    "one channel, show it wider.",
+    remark="The gap closes with a larger state, as the paper's theory says, and here the causal reader has little left "
+    "to lose: from this start it learns far more than the 0.6 to 0.7 that were expected of it.",
 )
