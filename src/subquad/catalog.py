@@ -447,6 +447,7 @@ SYSTEMS = (
         "Rectification",
         "Systematic Rectification of Language Models via Dead-end Analysis",
         "decoding",
+        state="built",
     ),
     System(
         39,

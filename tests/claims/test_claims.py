@@ -10,6 +10,8 @@ from subquad.claims.contract import Row
 NATS = "nats per byte"
 BITS, FAR, MASS = "bits per byte", "accuracy at 256", "tokens back for 80% of layer 1's mass"
 GRADIENT = "|do/ds| at scores of 1e-{}"
+Q_2Q, NEAREST = "{}: q against 2q", "InLine: nearest of 100 queries, 64 keys"
+PAIR = "InLine: a constructed pair, as many keys as the head is wide"
 SHORT_FIRST, LONG_FIRST = "accuracy, short list first", "accuracy, long list first"
 
 # method -> figures that show the paper's effect; then (method, measure, value) changes that each undo it
@@ -60,6 +62,27 @@ MADE_UP = {
             ("ProSparse 0.03", "sparsity", 0.8),
             ("ProSparse 0.002", "sparsity", 0.83),
             ("sparse layers", "ms at 1", 12),
+        ],
+    ),
+    "rectification": (
+        {
+            "base": {"unsafe texts": 0.2},
+            "without 1 tokens": {"unsafe texts": 0.15},
+            "without 2 tokens": {"unsafe texts": 0.1},
+            "without 4 tokens": {"unsafe texts": 0.02},
+            "exact value": {"unsafe texts": 0.0},
+            "learnt value, epsilon 0.1": {"unsafe texts": 0.08},
+            "learnt value, epsilon 0.3": {
+                "unsafe texts": 0.03,
+                "KL to the base": 0.2,
+                "KL of the cheapest ban as safe": 2.0,
+            },
+        },
+        [
+            ("learnt value, epsilon 0.3", "unsafe texts", 0.07),
+            ("learnt value, epsilon 0.3", "KL to the base", 1.1),
+            ("exact value", "unsafe texts", 0.01),
+            ("base", "unsafe texts", 0.01),
         ],
     ),
     "sparsing_law": (
@@ -115,6 +138,27 @@ MADE_UP = {
             ("fixed maps", "accuracy", 0.8),
             ("transformers' fallback", "ms at 512", 90),
             ("a loop over tokens", "ms at 512", 10),
+        ],
+    ),
+    "inline": (
+        {
+            "InLine": {"accuracy": 0.86},
+            "InLine, global part": {"accuracy": 0.81},
+            "linear attention, relu": {"accuracy": 0.73},
+            "linear attention, elu + 1": {"accuracy": 0.54},
+            "linear attention, relu, and a plain 5x5 convolution": {"accuracy": 0.79},
+            "softmax": {"accuracy": 0.7},
+            "weights": {Q_2Q.format("linear attention"): 0.0, Q_2Q.format("InLine"): 5e-3, NEAREST: 5e-3, PAIR: 1e-16},
+        },
+        [
+            ("InLine", "accuracy", 0.83),
+            ("linear attention, relu", "accuracy", 0.82),
+            ("linear attention, elu + 1", "accuracy", 0.82),
+            ("softmax", "accuracy", 0.87),
+            ("weights", Q_2Q.format("linear attention"), 1e-3),
+            ("weights", Q_2Q.format("InLine"), 0.0),
+            ("weights", NEAREST, 0.0),
+            ("weights", PAIR, 1e-3),
         ],
     ),
     "flowformer": (

@@ -37,6 +37,8 @@ _PUBLIC = {
     "prose_text": "text:prose_text",
     "text_files": "files:text_files",
     "digits": "images:digits",
+    "TokenWorld": "token_world:TokenWorld",
+    "dead_ends": "token_world:dead_ends",
     "byte_tokenizer": "tokenizer:byte_tokenizer",
     "train_bpe": "tokenizer:train_bpe",
     "Pretrained": "pretrained_models:Pretrained",
