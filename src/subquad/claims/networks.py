@@ -69,10 +69,13 @@ class SequenceNetwork(nn.Module):
         self.head = nn.Linear(dim, outputs)
         self.grid = grid
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """What the first block reads, ``(B, T, D)``."""
+        hidden: Tensor = self.embed(x)
+        return hidden if self.positions is None else hidden + self.positions[: x.shape[1]]
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.embed(x)
-        if self.positions is not None:
-            hidden = hidden + self.positions[: x.shape[1]]
+        hidden = self.tokens(x)
         for block in self.blocks:
             hidden = block(hidden, **({} if self.grid is None else {"grid": self.grid})).output
         output: Tensor = self.head(self.read(self.norm(hidden)))

@@ -1,5 +1,6 @@
-"""Short causal convolution, channel by channel, with a state."""
+"""Convolutions over few tokens: the short causal one with a state, and one on grids with kernels per sample."""
 
 from subquad.ops.convolution.api import short_convolution
+from subquad.ops.convolution.dynamic import dynamic_depthwise_conv
 
-__all__ = ["short_convolution"]
+__all__ = ["dynamic_depthwise_conv", "short_convolution"]
