@@ -45,7 +45,7 @@ def measure(name: str) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
-    for name in mixers.available():
+    for name in mixers.available(mixers.Pattern.CAUSAL_SELF):
         if mixers.mixer_class(name) is mixers.mixer_class("softmax") and name != "sliding_window":
             continue
         rows.append(measure(name))

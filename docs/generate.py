@@ -105,6 +105,8 @@ def mixer_table() -> str:
 
 def state_of(name: str) -> str:
     """Whether the state of a mixer grows, and how many values it holds."""
+    if mixers.Pattern.CAUSAL_SELF not in mixers.mixer_class(name).patterns:
+        return "none: reads all tokens at once"
     mixer = mixers.build(name, WIDTH, num_heads=HEADS).double()  # float64 compiles no kernel
     if not mixer.constant_state:
         return "grows with the context"

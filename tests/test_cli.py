@@ -53,7 +53,14 @@ def test_amounts_that_cannot_be_read_get_a_sentence(tmp_path):
     assert "20m" in run("compare", *data, "--budget", "soon").stderr
     assert "2M" in run("compare", *data, "--params", "2Q").stderr
     assert "did you mean 'gla'" in run("compare", *data, "--mixers", "gla,glaa").stderr
+    refused = run("compare", *data, "--mixers", "gla,inline").stderr
+    assert "'inline' has no causal form; it serves non-causal cross-attention, non-causal self-attention" in refused
     assert not (tmp_path / "out").exists()
+
+
+def test_all_mixers_are_the_causal_ones_and_the_others_are_named(tmp_path):
+    arguments = ["compare", "--data", str(tmp_path), "--mixers", "all"]
+    assert "left out, without a causal form: inline" in run(*arguments).stderr
 
 
 def test_catalog_lists_and_shows():

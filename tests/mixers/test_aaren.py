@@ -28,6 +28,23 @@ def test_equals_attention_with_one_query_written_out():
     torch.testing.assert_close(mixer(x).output, mixer.o_proj(o.flatten(-2)))
 
 
+def test_equals_torch_s_attention_with_the_query_token_over_every_prefix():
+    mixer, x = trained(), tokens().requires_grad_()
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
+    parts = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    theirs.out_proj.load_state_dict(mixer.o_proj.state_dict())
+    query = mixer.query_token.expand(2, 1, -1)
+    prefixes = [theirs(query, x[:, :t], x[:, :t], need_weights=False)[0] for t in range(1, 24)]
+    expected, found = torch.cat(prefixes, 1), mixer(x).output
+    torch.testing.assert_close(found, expected)
+    wanted = [x, mixer.query_token]
+    gradients = [torch.autograd.grad(y.sin().sum(), wanted) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_pooling_is_the_last_output_and_leaves_padding_out():
     mixer, x = trained(), tokens()
     torch.testing.assert_close(mixer.pool(x), mixer(x).output[:, -1])

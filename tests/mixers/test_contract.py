@@ -7,15 +7,16 @@ import torch
 
 from subquad import mixers
 from subquad.mixers.contract import Pattern, named_leaves
-from tests.mixers.cases import DIM, NAMES, make, tokens, wide_state
+from tests.mixers.cases import CAUSAL, DIM, NAMES, make, tokens, wide_state
 
 names = pytest.mark.parametrize("name", NAMES)
+causal_names = pytest.mark.parametrize("name", CAUSAL)
 PATTERNS = {name: mixers.mixer_class(name).patterns for name in NAMES}
 full = pytest.mark.parametrize("name", [n for n in NAMES if Pattern.FULL_SELF in PATTERNS[n]])
 cross = pytest.mark.parametrize("name", [n for n in NAMES if Pattern.FULL_CROSS in PATTERNS[n]])
 
 
-@names
+@causal_names
 def test_prefill_and_steps_equal_one_forward_at_every_split(name):
     mixer, x = make(name), tokens()
     whole = mixer(x, use_state=True)
@@ -34,7 +35,7 @@ def test_prefill_and_steps_equal_one_forward_at_every_split(name):
         torch.testing.assert_close(rest.output, whole.output[:, cut:])
 
 
-@names
+@causal_names
 @pytest.mark.parametrize("seed", range(3))
 def test_padding_anywhere_changes_neither_output_nor_state(name, seed):
     mixer, x = make(name), tokens()
@@ -62,7 +63,7 @@ def test_packed_equals_separate(name):
             torch.testing.assert_close(packed[:, a:b], mixer(x[:, a:b]).output)
 
 
-@names
+@causal_names
 def test_output_depends_on_no_later_token(name):
     mixer, x = make(name), tokens()
     changed = x.clone()
@@ -71,7 +72,7 @@ def test_output_depends_on_no_later_token(name):
     assert not torch.allclose(mixer(changed).output[:, 12:], mixer(x).output[:, 12:])
 
 
-@names
+@causal_names
 def test_state_leaves_have_the_batch_first_so_beams_reorder(name):
     mixer, x = make(name), tokens()
     state = mixer(x[:, :11], use_state=True).state
@@ -87,7 +88,7 @@ def _swap(leaf):
     return leaf.flip(0) if isinstance(leaf, torch.Tensor) else type(leaf)(*[_swap(x) for x in leaf])
 
 
-@names
+@causal_names
 def test_constant_states_stay_constant(name):
     mixer = make(name)
 
@@ -159,7 +160,7 @@ def test_cross_reads_the_whole_context_and_no_padding(name, causal):
 @names
 def test_uses_outside_the_patterns_are_refused_by_name(name):
     mixer, x = make(name), tokens()
-    if Pattern.CAUSAL_CROSS not in mixer.patterns:
+    if (Pattern.CAUSAL_CROSS if mixer.causal else Pattern.FULL_CROSS) not in mixer.patterns:
         with pytest.raises(ValueError, match="it serves"):
             mixer(x, x)
     if Pattern.PREFIX_SELF not in mixer.patterns:
@@ -168,6 +169,9 @@ def test_uses_outside_the_patterns_are_refused_by_name(name):
     if not mixer.patterns & {Pattern.FULL_SELF, Pattern.FULL_CROSS}:
         with pytest.raises(ValueError, match="causal=False"):
             make(name, causal=False)
+    if not mixer.patterns & {Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS, Pattern.PREFIX_SELF}:
+        with pytest.raises(ValueError, match="causal=True serves no use; it serves non-causal"):
+            make(name, causal=True)
     if not mixer.uses_positions:
         with pytest.raises(ValueError, match="uses no positions"):
             mixer(x, positions=torch.zeros(2, 23, dtype=torch.int64))
@@ -186,8 +190,9 @@ def test_bad_input_gets_a_sentence(name):
         mixer(x, mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="not both"):
         mixer(x[:1], mask=torch.ones(1, 23, dtype=torch.bool), cu_seqlens=torch.tensor([0, 23]))
-    with pytest.raises(ValueError, match="rows"):
-        mixer(x, state=mixer.init_state(3, torch.float64, "cpu"))
+    if mixer.causal:
+        with pytest.raises(ValueError, match="rows"):
+            mixer(x, state=mixer.init_state(3, torch.float64, "cpu"))
     with pytest.raises(ValueError, match="multiple of the number of heads"):
         mixers.build(name, DIM, num_heads=5)
     with pytest.raises(ValueError, match="layer_index"):

@@ -2,10 +2,11 @@
 
 import torch
 
-from subquad import SubquadConfig, SubquadForCausalLM, mixers
+from subquad import SubquadConfig, SubquadForCausalLM
+from tests.mixers.cases import CAUSAL as NAMES
 from tests.mixers.cases import OPTIONS
 
-NAMES = mixers.available()
+__all__ = ["NAMES", "config", "model", "prompt"]
 
 
 def config(name, **fields):

@@ -24,7 +24,7 @@ from subquad.models.presets import PRESETS
 from tests.models.cases import NAMES, config, model, prompt
 
 names = pytest.mark.parametrize("name", NAMES)
-FULL = ["linear", "norm_attention", "diag_attention", "softmax"]
+FULL = ["linear", "norm_attention", "diag_attention", "softmax", "inline"]
 
 
 @names

@@ -9,6 +9,7 @@ _PUBLIC = {
     "CompareSettings": "subquad.bench.comparison.settings",
     "RecallSettings": "subquad.bench.comparison.settings",
     "Comparison": "subquad.bench.comparison.results",
+    "injectivity": "subquad.bench.distinct_queries",
 }
 __all__ = [*_PUBLIC]
 

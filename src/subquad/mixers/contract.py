@@ -124,9 +124,9 @@ class Mixer(nn.Module):
         if not any(p in self.patterns for p in self._patterns_when(causal)):
             raise ValueError(f"{type(self).__name__} with causal={causal} serves no use; it serves {self.served()}")
 
-    @classmethod
-    def served(cls) -> str:
-        return ", ".join(sorted(cls.patterns))
+    def served(self) -> str:
+        """The uses that it serves, as built."""
+        return ", ".join(sorted(self.patterns))
 
     @staticmethod
     def _patterns_when(causal: bool) -> tuple[Pattern, ...]:

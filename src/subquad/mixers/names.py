@@ -5,17 +5,28 @@ from typing import Any
 
 from subquad.catalog import MIXERS
 from subquad.layers.registry import load, unknown_name
-from subquad.mixers.contract import Mixer
+from subquad.mixers.contract import Mixer, Pattern
 
 
-def available() -> list[str]:
+def available(pattern: str | None = None) -> list[str]:
     """The names of all mixers, in alphabetical order.
 
+    Args:
+        pattern: only of those that serve this use, such as ``"causal self-attention"``
+            (:class:`subquad.mixers.Pattern`): what a causal language model can be made of.
+
+    Raises:
+        ValueError: an unknown use; the message lists the nearest.
+
     Example:
-        >>> "gla" in available()
-        True
+        >>> "inline" in available(), "inline" in available(Pattern.CAUSAL_SELF)
+        (True, False)
     """
-    return sorted(MIXERS)
+    if pattern is None:
+        return sorted(MIXERS)
+    if pattern not in list(Pattern):
+        raise unknown_name("use of a mixer", pattern, [str(known) for known in Pattern])
+    return [name for name in sorted(MIXERS) if pattern in mixer_class(name).patterns]
 
 
 def mixer_class(name: str) -> type[Mixer]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from subquad.evaluation.report import listed
-from subquad.mixers import mixer_class
+from subquad.mixers import Pattern, mixer_class
 from subquad.models.config import expand_mixers
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384)
@@ -171,16 +171,25 @@ class CompareSettings:
         if not self.candidates:
             raise ValueError("name at least one mixer to compare")
         for name in self.mixers:
-            mixer_class(name)
+            _check_causal(name)
         for pattern in self.hybrids:
             entries = pattern_of(pattern)
             for entry in entries:
-                mixer_class(entry)
+                _check_causal(entry)
             if len(set(entries)) < 2:
                 raise ValueError(f"a hybrid mixes at least two mixers, as 'gla*3+softmax' does; got {pattern!r}")
         twice = sorted({name for name in self.candidates if self.candidates.count(name) > 1})
         if twice:
             raise ValueError(f"every mixer is compared once; {listed(twice)} stands in the list more than once")
+
+
+def _check_causal(name: str) -> None:
+    patterns = mixer_class(name).patterns
+    if Pattern.CAUSAL_SELF not in patterns:
+        raise ValueError(
+            f"a comparison trains causal language models, and mixer {name!r} has no causal form; "
+            f"it serves {', '.join(sorted(patterns))}"
+        )
 
 
 def pattern_of(text: str) -> list[str]:
