@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import RecurrentGemmaConfig
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
 
 from subquad.kernels.scan import diagonal
 from subquad.ops import diagonal_scan, selective_scan
@@ -194,3 +196,32 @@ def test_wrong_arguments_get_a_sentence(place, change, error, message):
     decay, x, _ = draw()
     with pytest.raises(ValueError, match="did you mean 'cpu'"):
         diagonal_scan(decay, x, backend="cpuu")
+
+
+@pytest.mark.parametrize("time", [1, 40])
+@pytest.mark.parametrize("given_state", [False, True])
+def test_it_is_the_scan_of_recurrent_gemma(time, given_state):
+    """RG-LRU: a gate is closed where a document begins (``reset``), so the scan is one of gates alone."""
+    config = RecurrentGemmaConfig(hidden_size=16, lru_width=10, num_attention_heads=2, num_hidden_layers=1)
+    rglru = RecurrentGemmaRglru(config)
+    gate, x, state = (t.float() for t in draw(time=time))
+    reset = (torch.arange(time) % 17 == 5).expand(2, -1)[..., None]
+    start = state if given_state else None
+
+    def theirs(gate, x, start):
+        return rglru._rnn_scan(hidden_states=x, recurrent_gate=gate, reset=reset, recurrent_states=start)
+
+    def ours(gate, x, start):
+        return diagonal_scan(gate * ~reset, x, initial_state=start, return_state=True)
+
+    results = []
+    for scan in (theirs, ours):
+        leaves = [t.clone().requires_grad_() for t in ((gate, x, state) if given_state else (gate, x))]
+        h, last = scan(leaves[0], leaves[1], leaves[2] if given_state else None)
+        (h.cos().sum() + last.sin().sum()).backward()
+        results.append([h, last, *(t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+    half, _ = diagonal_scan(gate * ~reset, x.bfloat16(), initial_state=start)
+    expected, _ = theirs(gate, x.bfloat16(), start)
+    torch.testing.assert_close(half, expected, rtol=2**-7, atol=1e-6)  # each rounds once more
