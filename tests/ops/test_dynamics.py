@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from subquad import mixers, ops
-from subquad.mixers import Pattern
+from subquad import ops
 from subquad.ops.dynamics import RecurrentSystem, Watch, matrix_system
-from tests.mixers.cases import make, tokens
+from tests.mixers.cases import CAUSAL, make, tokens
 
 #: Mixers whose output is not linear in what they write, or that mix tokens by no op: they must say so.
 NO_SYSTEMS = {
@@ -18,7 +17,6 @@ NO_SYSTEMS = {
     *("neural_memory", "titans_mac", "titans_mag", "titans_mal"),  # learns from its own answers
     *("diag_attention", "flow", "mom"),  # built on calls with states, masks or packed pieces
 }
-CAUSAL = [n for n in mixers.available() if Pattern.CAUSAL_SELF in mixers.mixer_class(n).patterns]
 
 
 def draw(*shape, seed=0):

@@ -129,36 +129,63 @@ class Taylor(FeatureMap):
 
 
 class HeadLinear(nn.Module):
-    """``y_h = W_h x_h + b_h``: a linear map per head, ``(..., H, K)`` in and out, the identity at the start.
+    """``y_h = W_h x_h + b_h``: a linear map per head, ``(..., H, K) -> (..., H, E)``, the identity at the start.
 
     Its weights are spared weight decay, which would pull them away from the identity, towards even attention.
+
+    Args:
+        num_heads, head_dim: H, K.
+        outputs: E; None is K. Where it is less or more the identity is cut or filled up with zeros.
+        bias: whether there is b.
     """
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, num_heads: int, head_dim: int, outputs: int | None = None, *, bias: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
-        self.bias = nn.Parameter(torch.empty(num_heads, head_dim))
-        for parameter in (self.weight, self.bias):
+        outputs = head_dim if outputs is None else outputs
+        self.weight = nn.Parameter(torch.empty(num_heads, outputs, head_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads, outputs)) if bias else None
+        for parameter in self.parameters():
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.weight.copy_(torch.eye(self.weight.shape[-1], device=self.weight.device).expand_as(self.weight))
-        self.bias.zero_()
+        self.weight.copy_(torch.eye(*self.weight.shape[1:], device=self.weight.device).expand_as(self.weight))
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         mapped = torch.matmul(x.transpose(-2, -3), self.weight.mT.to(x.dtype)).transpose(-2, -3)
-        return mapped + self.bias.to(x.dtype)
+        return mapped if self.bias is None else mapped + self.bias.to(x.dtype)
 
 
 class LearnedMap(FeatureMap):
-    """A map on top of a linear map per head, of queries and of keys; ``shared`` uses one for both."""
+    """A map on top of a linear map per head, of queries and of keys.
 
-    def __init__(self, num_heads: int, head_dim: int, width: int, *, shared: bool = False) -> None:
+    Args:
+        num_heads, head_dim, width: see :class:`FeatureMap`.
+        shared: one linear map for both.
+        outputs: of the linear maps; None is K.
+        bias: of the linear maps.
+        key_heads: heads of the keys' map, where keys are mapped before they are repeated; None is H.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        width: int,
+        *,
+        shared: bool = False,
+        outputs: int | None = None,
+        bias: bool = True,
+        key_heads: int | None = None,
+    ) -> None:
         super().__init__(num_heads, head_dim, width)
-        self.q_map = HeadLinear(num_heads, head_dim)
-        self.k_map = self.q_map if shared else HeadLinear(num_heads, head_dim)
+        self.q_map = HeadLinear(num_heads, head_dim, outputs, bias=bias)
+        self.k_map = self.q_map if shared else HeadLinear(key_heads or num_heads, head_dim, outputs, bias=bias)
 
     def features(self, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define features")
@@ -171,32 +198,32 @@ class LearnedMap(FeatureMap):
 
 
 class T2R(LearnedMap):
-    """``relu(W x + b)``: the map of "Finetuning Pretrained Transformers into RNNs"."""
+    """``relu(W x + b)``: the map of "Finetuning Pretrained Transformers into RNNs". For ``linear`` see LearnedMap."""
 
-    def __init__(self, num_heads: int, head_dim: int, *, shared: bool = False) -> None:
-        super().__init__(num_heads, head_dim, head_dim, shared=shared)
+    def __init__(self, num_heads: int, head_dim: int, **linear: Any) -> None:
+        super().__init__(num_heads, head_dim, linear.get("outputs") or head_dim, **linear)
 
     def features(self, y: Tensor) -> Tensor:
         return F.relu(y)
 
 
 class Hedgehog(LearnedMap):
-    """Exponentials of ``y = W x + b`` and of its negative, which can become as spiky as softmax: 2K features.
+    """Exponentials of ``y = W x + b`` and of its negative, which can become as spiky as softmax: 2 E features.
 
     Args:
         num_heads, head_dim: H, K.
         form: ``"softmax"``: ``[softmax(y), softmax(-y)]`` (the authors' code); ``"joint"``: one softmax over
             ``[2y, -2y]`` (flash-linear-attention). They are different maps from ``"exp"``, the paper's own, which is
             :class:`ExponentialHedgehog`.
-        shared: one linear map for queries and keys.
+        linear: of the linear maps, see :class:`LearnedMap`.
 
     Example:
         >>> Hedgehog(2, 4).query(torch.zeros(1, 3, 2, 4)).sum(-1).flatten().tolist()
         [2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     """
 
-    def __init__(self, num_heads: int, head_dim: int, *, form: str = "softmax", shared: bool = False) -> None:
-        super().__init__(num_heads, head_dim, 2 * head_dim, shared=shared)
+    def __init__(self, num_heads: int, head_dim: int, *, form: str = "softmax", **linear: Any) -> None:
+        super().__init__(num_heads, head_dim, 2 * (linear.get("outputs") or head_dim), **linear)
         if form not in ("softmax", "joint"):
             raise unknown_name("form of Hedgehog", form, ("softmax", "joint"))
         self.form = form

@@ -147,19 +147,22 @@ class KeptTokens(System):
         table: a ``(B, H, T, T)``.
         key_width: K.
         limit: most tokens that are kept (a window and its sinks); None: all.
+        besides: numbers per head that are kept beside the tokens.
     """
 
     table: Tensor
     key_width: int
     limit: int | None = None
+    besides: int = 0
 
     @property
     def transition(self) -> str:
-        return "keeps every token" if self.limit is None else f"keeps {self.limit} tokens"
+        kept = "keeps every token" if self.limit is None else f"keeps {self.limit} tokens"
+        return f"{kept} and sums" if self.besides else kept
 
     def state_size(self, tokens: int) -> int:
         kept = tokens if self.limit is None else min(tokens, self.limit)
-        return kept * (self.key_width + self.values.shape[-1])
+        return kept * (self.key_width + self.values.shape[-1]) + self.besides
 
     def run(self, values: Tensor | None = None) -> Tensor:
         values = (self.values if values is None else values).double()
