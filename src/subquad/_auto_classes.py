@@ -17,9 +17,15 @@ AUTO_MODEL = "transformers.models.auto.modeling_auto"
 
 
 def _register_config(auto: ModuleType) -> None:
+    from subquad.convert import models as converted
+    from subquad.convert.sites import FAMILIES
     from subquad.models.config import SubquadConfig
 
     auto.AutoConfig.register(SubquadConfig.model_type, SubquadConfig, exist_ok=True)
+    # By name, as transformers' own: a configuration's class, and with it its family's, is loaded when it is asked for.
+    names = {f"subquad_{family.name}": f"Subquad{family.stem}Config" for family in FAMILIES.values()}
+    auto.CONFIG_MAPPING._mapping = auto.CONFIG_MAPPING._mapping | names
+    auto.CONFIG_MAPPING._modules.update(dict.fromkeys(names, converted))
 
 
 def _register_models(auto: ModuleType) -> None:

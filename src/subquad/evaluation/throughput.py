@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.mixers.contract import named_leaves
+
 
 @dataclass(frozen=True)
 class ContextCost:
@@ -34,7 +36,7 @@ def context_cost(
     """Reads ``length`` drawn tokens, then writes ``decode_tokens`` more one by one.
 
     Args:
-        model: a Subquad causal language model, in evaluation mode.
+        model: a causal language model, in evaluation mode, that takes and returns ``cache``.
         length: tokens of the context.
         decode_tokens: tokens written and timed after it.
         repeats: how often the context is read; fewer (at least twice, where so many are asked for) when
@@ -51,13 +53,28 @@ def context_cost(
         seconds, output = _timed(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1), wait)
         prefill.append(seconds)
     cache = output.cache
-    state_bytes = cache.number_of_bytes()
+    state_bytes = held_bytes(cache)
     decode: list[float] = []
     token = tokens[:, -1:]
     for _ in range(decode_tokens):
         seconds, (token, cache) = _timed(partial(_step, model, token, cache), wait)
         decode.append(seconds)
     return ContextCost(length, tuple(prefill), tuple(decode), state_bytes)
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of all tensors that the layers of a cache hold: keys and values, or a mixer's state."""
+    tensors = [
+        leaf
+        for layer in cache.layers
+        for leaf in (
+            [leaf for _, leaf in named_leaves(layer.state)]
+            if getattr(layer, "state", None) is not None
+            else [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        )
+        if leaf is not None
+    ]
+    return sum(leaf.numel() * leaf.element_size() for leaf in tensors)
 
 
 def _step(model: Any, token: Tensor, cache: Any) -> tuple[Tensor, Any]:
