@@ -22,6 +22,7 @@ _ROOMS = (
     "claims",
     "evaluation",
     "feedforward",
+    "inference",
     "layers",
     "mixers",
     "models",
@@ -36,6 +37,7 @@ _NAMES = {
     "SubquadForCausalLM": "subquad.models",
     "SubquadForMaskedLM": "subquad.models",
     "SubquadForSequenceClassification": "subquad.models",
+    "optimize": "subquad.inference.optimize",
 }
 __all__ = ["__version__", *_ROOMS, *_NAMES]
 

@@ -117,6 +117,28 @@ FOUNDATIONS = (
         },
         state="built",
     ),
+    System(
+        None,
+        "rwkv",
+        "RWKV-4",
+        "RWKV: Reinventing RNNs for the Transformer Era (Peng et al. 2023)",
+        "op",
+        names={"ops": {"wkv": Named("subquad.ops:wkv")}},
+        patterns=(CAUSAL_SELF,),
+        backends=("reference", "chunked", "cpu"),
+        state="built",
+    ),
+    System(
+        None,
+        "xlstm",
+        "xLSTM",
+        "xLSTM: Extended Long Short-Term Memory (Beck et al. 2024)",
+        "op",
+        names={"ops": {"mlstm": Named("subquad.ops:mlstm")}},
+        patterns=(CAUSAL_SELF,),
+        backends=ALL_BACKENDS,
+        state="built",
+    ),
 )
 
 SYSTEMS = (
@@ -264,7 +286,22 @@ SYSTEMS = (
         "op, mixer",
     ),
     System(14, "urpe", "URPE", "Your Transformer May Not be as Powerful as You Expect", "positions"),
-    System(15, "lolcats", "LoLCATs", "On Low-Rank Linearizing of Large Language Models", "conversion"),
+    System(
+        15,
+        "lolcats",
+        "LoLCATs",
+        "On Low-Rank Linearizing of Large Language Models",
+        "conversion, op, mixer",
+        names={
+            "ops": {
+                "sliding_linear_attention": Named("subquad.ops:sliding_linear_attention"),
+                "terraced_linear_attention": Named("subquad.ops:terraced_linear_attention"),
+            },
+            "mixers": {"lolcats": Named("subquad.mixers.lolcats:LolcatsAttention")},
+        },
+        patterns=(CAUSAL_SELF,),
+        backends=ALL_BACKENDS,
+    ),
     System(
         16,
         "mom",
@@ -289,6 +326,16 @@ SYSTEMS = (
         "InLine",
         "Bridging the Divide: Reconsidering Softmax and Linear Attention",
         "mixer, vision model",
+        names={
+            "ops": {
+                "injective_linear_attention": Named("subquad.ops:injective_linear_attention"),
+                "dynamic_depthwise_conv": Named("subquad.ops:dynamic_depthwise_conv"),
+            },
+            "mixers": {"inline": Named("subquad.mixers.inline:InLineAttention")},
+        },
+        patterns=(FULL_SELF, FULL_CROSS),
+        backends=TORCH_ONLY,
+        state="built",
     ),
     System(
         19,
@@ -330,6 +377,9 @@ SYSTEMS = (
         "Liger",
         "Linearizing Large Language Models to Gated Recurrent Structures",
         "conversion, mixer",
+        names={"mixers": {"liger": Named("subquad.mixers.liger:LigerAttention")}},
+        patterns=(CAUSAL_SELF,),
+        backends=ALL_BACKENDS,
     ),
     System(
         27,

@@ -58,6 +58,19 @@ def _list_of(text: str, kind: type = str) -> list[Any]:
         raise ValueError(f"a list of {kind.__name__} with commas between is needed; got {text!r}") from error
 
 
+def _causal_mixers(text: str) -> list[str]:
+    """Names with commas between, or for 'all' every mixer that a causal language model can be made of."""
+    from subquad.mixers import Pattern, available
+
+    if text.strip() != "all":
+        return _list_of(text)
+    causal = available(Pattern.CAUSAL_SELF)
+    others = [name for name in available() if name not in causal]
+    if others:
+        errors.print(f"left out, without a causal form: {', '.join(others)}", highlight=False)
+    return causal
+
+
 @app.command()
 @answers_errors
 def compare(
@@ -91,7 +104,6 @@ def compare(
     Example: `subquad compare --data my.txt --mixers softmax,gla,delta_net --budget 20m --out comparison`
     """
     from subquad import bench, tasks
-    from subquad.mixers import available
 
     if demo:
         if data:
@@ -104,7 +116,7 @@ def compare(
             raise ValueError("give your text with --data PATH, or --demo for Python's own sources")
         result = bench.compare(
             data,
-            available() if mixers.strip() == "all" else _list_of(mixers),
+            _causal_mixers(mixers),
             hybrids=hybrid or (),
             context=context,
             budget=None if budget is None else _quantity(budget, {"s": 1, "m": 60, "h": 3600}, "90s, 20m or 2h"),
@@ -266,6 +278,72 @@ def train(
 
 @app.command()
 @answers_errors
+def convert(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder: Llama, Mistral, Qwen, Phi-3, Gemma, GPT-2, ...")],
+    to: Annotated[str, typer.Option("--to", help="Recipe: liger, lolcats, hedgehog, linear, window.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="A text file, a folder of them, or a JSONL file; may be given several times."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; it must not exist.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what would be done; with --data also what it costs untrained.")
+    ] = False,
+    layers: Annotated[str, typer.Option(help="all, every:4 (all but every fourth), or numbers with commas.")] = "all",
+    option: Annotated[list[str] | None, typer.Option(help="An option of the recipe, such as window=64.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
+    transfer_steps: Annotated[int, typer.Option(help="Steps that train new parameters layer by layer.")] = 120,
+    steps: Annotated[int, typer.Option(help="Steps that adapt the whole model.")] = 120,
+    transfer_learning_rate: Annotated[float | None, typer.Option(help="Peak in transfer; the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak in adaptation; the recipe's.")] = None,
+    contexts: Annotated[str, typer.Option(help="Lengths at which speed and memory are measured.")] = "512,2048",
+    seed: Annotated[int, typer.Option(help="Of new parameters and the order of the data.")] = 0,
+) -> None:
+    """Convert a pretrained Transformer to an efficient one and save it as a Hugging Face folder, with a report.
+
+    Stopped or killed, the same command goes on where it was.
+
+    Example: `subquad convert models/llama --to liger --data notes/ -o models/llama-liger`
+    """
+    from subquad import convert as conversion
+    from subquad import tasks
+    from subquad.convert.options import parse_options
+    from subquad.convert.report import tables
+
+    options = parse_options(to, option or ())
+    chosen = layers if layers == "all" or ":" in layers else _list_of(layers, int)
+    settings = conversion.ConvertSettings(
+        context=context,
+        batch_size=batch_size,
+        transfer_steps=transfer_steps,
+        adapt_steps=steps,
+        transfer_learning_rate=transfer_learning_rate,
+        learning_rate=learning_rate,
+        seed=seed,
+        contexts=tuple(_list_of(contexts, int)),
+    )
+    if plan:
+        console.print(conversion.plan_folder(model, to, layers=chosen, **options))
+        if data:
+            found = conversion.untrained_cost(
+                model, to, tasks.text_files(data), layers=chosen, options=options, settings=settings
+            )
+            for stage, figures in found.items():
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                console.print(f"{stage}: {shown}", highlight=False)
+        return
+    if not data or out is None:
+        raise ValueError("give text with --data and a folder to write with -o, or --plan to see what would be done")
+    result = conversion.run(
+        model, to, tasks.text_files(data), out, layers=chosen, options=options, settings=settings, console=errors
+    )
+    console.print(tables(result.record))
+    console.print(f"the model and its report, conversion.html, are in {out.resolve()}", soft_wrap=True)
+
+
+@app.command()
+@answers_errors
 def generate(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, ours or any causal language model.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
@@ -324,15 +402,13 @@ def analyze(
     """
     from subquad import tasks
     from subquad.bench import systems
-    from subquad.mixers import available
 
     if (model is None) == (mixers is None):
         raise ValueError("give a model's folder, or --mixers with names (or 'all')")
     if mixers is not None:
         if data:
             raise ValueError("--data is what a model reads; untrained mixers look at noise")
-        names = available() if mixers.strip() == "all" else _list_of(mixers)
-        analysis = systems.analyze_mixers(names, dim=dim, num_heads=heads, tokens=tokens)
+        analysis = systems.analyze_mixers(_causal_mixers(mixers), dim=dim, num_heads=heads, tokens=tokens)
     else:
         from subquad.models import SubquadForCausalLM
 

@@ -3,14 +3,17 @@
 import torch
 
 from subquad import mixers
-from subquad.mixers.contract import map_state
+from subquad.mixers.contract import Pattern, map_state
 
 OPTIONS = {
     "sliding_window": {"window_size": 5, "num_sinks": 2},
     "diag_attention": {"block_size": 6},
     "delta_net": {"eigenvalues": (-1, 1)},
     "gla": {"num_key_value_heads": 2, "conv_size": 3},
+    "inline": {"local": False, "kernel": "leaky_relu"},
     "lightning": {"lrpe": True},
+    "lolcats": {"num_key_value_heads": 2, "window": 4, "form": "terraced", "feature_dim": 6, "qk_norm": True},
+    "liger": {"num_key_value_heads": 2, "window": 5, "qk_norm": True},
     "delta_product": {"gated": True},
     "neural_memory": {"chunk_size": 5, "expansion": 1.5},
     "titans_mac": {"segment_size": 6, "chunk_size": 3, "num_persistent": 2, "expansion": 1.5},
@@ -18,6 +21,7 @@ OPTIONS = {
     "titans_mal": {"window_size": 5, "chunk_size": 4, "num_persistent": 2, "expansion": 1.5},
 }
 NAMES = mixers.available()
+CAUSAL = mixers.available(Pattern.CAUSAL_SELF)
 DIM = 32
 
 
