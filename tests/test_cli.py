@@ -10,7 +10,19 @@ from typer.testing import CliRunner
 from subquad import SubquadConfig, SubquadForCausalLM, tasks
 from subquad.cli import app
 
-COMMANDS = ["compare", "train", "generate", "claims", "bench", "analyze", "doctor", "catalog list", "catalog show"]
+COMMANDS = [
+    "compare",
+    "train",
+    "convert",
+    "generate",
+    "sparsity",
+    "claims",
+    "bench",
+    "analyze",
+    "doctor",
+    "catalog list",
+    "catalog show",
+]
 
 
 def run(*arguments):
@@ -107,3 +119,23 @@ def test_generate_refuses_an_empty_prompt(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert "empty" in run("generate", str(tmp_path), "--prompt", "").stderr
     assert "at least 1" in run("generate", str(tmp_path), "--prompt", "x", "--max-new-tokens", "0").stderr
+
+
+def test_sparsity_measures_and_saves(tmp_path):
+    tokenizer = tasks.byte_tokenizer()
+    torch.manual_seed(0)
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    SubquadForCausalLM(SubquadConfig(vocab_size=len(tokenizer), **fields)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("many small words stand here, one after the other\n" * 200)
+    data = ["--data", str(tmp_path / "text.txt"), "--tokens", "128", "--context", "64", "--out", str(tmp_path / "out")]
+    result = run("sparsity", str(tmp_path / "model"), *data, "--save", str(tmp_path / "sparse"))
+    assert result.exit_code == 0, result.stderr
+    assert "of its neurons for a perplexity within 1%" in re.sub(r"\s+", " ", result.output)
+    figures = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    assert 0 < figures["ratio"] < 1
+    assert (tmp_path / "out" / "sparsity.png").stat().st_size > 1000
+    assert (tmp_path / "sparse" / "sparse_feedforward.safetensors").is_file()
+    again = run("sparsity", str(tmp_path / "model"), *data, "--save", str(tmp_path / "sparse"))
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr

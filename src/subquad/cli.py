@@ -425,6 +425,49 @@ def analyze(
     console.print(f"report: {analysis.write(out).resolve()}", soft_wrap=True)
 
 
+@app.command()
+@answers_errors
+def sparsity(
+    model: Annotated[str, typer.Argument(help="Folder of a causal language model with its tokenizer.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Text to measure on; the more, the surer.")],
+    percent: Annotated[float, typer.Option(help="How much more perplexity is allowed.")] = 1.0,
+    tokens: Annotated[int, typer.Option(help="Tokens that are read.")] = 8192,
+    context: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    out: Annotated[Path, typer.Option(help="Folder for sparsity.json and sparsity.png.")] = Path("sparsity"),
+    save: Annotated[
+        Path | None, typer.Option(help="Also write the model with its thresholds, to decode by them.")
+    ] = None,
+) -> None:
+    """Measure how many neurons of a model's feed-forward layers matter, at a bound on its perplexity.
+
+    Example: `subquad sparsity models/llama --data notes/ --percent 1 --save models/llama-sparse`
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from subquad import tasks
+    from subquad.bench.neuron_use import neuron_use
+    from subquad.inference.sparse_feedforward import save_sparse, sparsify
+
+    if not Path(model).is_dir():
+        raise ValueError(f"{model} is no folder; give the folder that holds config.json and the weights")
+    if tokens < context or context < 2:
+        raise ValueError(f"tokens must be at least context, and context at least 2; got {tokens} and {context}")
+    if save is not None and save.exists():
+        raise ValueError(f"{save} exists already: name a folder that does not, or remove it")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    text = tasks.text_files(data).tokenized(tokenizer)
+    windows = [batch.inputs for batch in text.eval_windows("test", context, tokens // context, batch_size=4)]
+    result = neuron_use(lm, windows, percent)
+    console.print(result)
+    console.print(f"figures and curve: {result.write(out).resolve()}", soft_wrap=True)
+    if save is not None:
+        sparsify(lm, result.found.thresholds.by_neuron)
+        save_sparse(lm, save)
+        tokenizer.save_pretrained(save)
+        console.print(f"the model with its thresholds: {save.resolve()}", soft_wrap=True)
+
+
 @catalog_app.command("list")
 @answers_errors
 def catalog_list(
