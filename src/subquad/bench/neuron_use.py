@@ -66,13 +66,14 @@ class NeuronUse:
 
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         curve, layers = figure.subplots(1, 2)
-        points = [(100 * m.ratio, m.perplexity_increase) for _, m in self.found.curve]
-        curve.plot(*zip(*sorted(points)), marker="o", markersize=3)
+        points = sorted((100 * m.ratio, m.perplexity_increase) for _, m in self.found.curve)
+        curve.plot(*zip(*points), marker="o", markersize=3)
         curve.axhline(self.percent, color="0.6", linewidth=1, linestyle="--")
-        curve.set(
-            xlabel="active neurons (%)", ylabel="more perplexity (%)", yscale="symlog", title="What leaving out costs"
-        )
+        lowest = min(0.0, *(increase for _, increase in points))
+        curve.set_ylim(lowest - 0.2 * self.percent, 4 * self.percent)  # what lies above is out of the question
+        curve.set(xlabel="active neurons (%)", ylabel="more perplexity (%)", title="What leaving out costs")
         layers.bar(range(len(self.layers)), [100 * ratio for ratio in self.found.measure.by_layer])
+        layers.xaxis.get_major_locator().set_params(integer=True)
         layers.set(xlabel="layer", ylabel="active neurons (%)", title=f"At {self.percent:g}% more perplexity")
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.record(), indent=1) + "\n"
