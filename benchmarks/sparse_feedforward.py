@@ -17,9 +17,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from subquad import SubquadConfig, SubquadForCausalLM, tasks, training
-from subquad.convert.prosparse import substitute_relu
+from subquad.compress.prosparse import substitute_relu
+from subquad.compress.sparse_feedforward import sparsify
 from subquad.evaluation import sparsity
-from subquad.inference.sparse_feedforward import sparsify
 from subquad.layers.feedforward_sites import feedforward_sites
 from subquad.training.progressive_l1 import PenaltyStage, ProgressiveL1
 

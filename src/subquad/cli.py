@@ -345,11 +345,14 @@ def convert(
 @app.command()
 @answers_errors
 def generate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, ours or any causal language model.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or a GGUF file, of a causal language model.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    optimize: Annotated[
+        bool, typer.Option("--optimize/--no-optimize", help="Our operations in transformers' recurrent layers.")
+    ] = True,
 ) -> None:
     """Go on from a prompt, and tell the speed.
 
@@ -358,14 +361,18 @@ def generate(
     import time
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    if not Path(model).is_dir():
-        raise ValueError(f"{model} is no folder; give the folder that holds config.json and the weights")
+    from subquad.inference.optimize import optimize as optimize_model
+    from subquad.inference.pretrained import load
+
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError("max_new_tokens must be at least 1 and temperature at least 0")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    lm, tokenizer = load(model)
+    if optimize:
+        plan = optimize_model(lm)
+        if plan.layers:
+            errors.print(_escape(str(plan)), style="dim", highlight=False)
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs.input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one character")
@@ -446,7 +453,7 @@ def sparsity(
 
     from subquad import tasks
     from subquad.bench.neuron_use import neuron_use
-    from subquad.inference.sparse_feedforward import save_sparse, sparsify
+    from subquad.compress.sparse_feedforward import save_sparse, sparsify
 
     if not Path(model).is_dir():
         raise ValueError(f"{model} is no folder; give the folder that holds config.json and the weights")
@@ -524,11 +531,21 @@ def doctor(
             "--compile", help="Build every CPU kernel now, one-token kernels too, so that nothing compiles later."
         ),
     ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Only say what subquad.optimize would change in this folder or GGUF file.")
+    ] = None,
 ) -> None:
     """Say what works here: packages, backends, threads, BLAS, and every kernel against its definition.
 
     Example: `subquad doctor --compile`
     """
+    if model is not None:
+        from subquad.inference.optimize import optimize
+        from subquad.inference.pretrained import skeleton
+
+        console.print(_escape(str(optimize(skeleton(model), dry_run=True))), highlight=False)
+        return
+
     from subquad.bench import doctor as report
 
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}

@@ -16,6 +16,7 @@ from subquad.layers.norms import FloatRMSNorm, build_norm, l2_normalize
 from subquad.layers.registry import unknown_name
 from subquad.layers.short_convolution import ConvolutionTails, QKVConvolutions
 from subquad.mixers.contract import MixerOutput, RecurrentMixer, Request, keep_mask, silence, wide
+from subquad.mixers.convolved import convolved_projections
 from subquad.mixers.steps import fits_tails, read_convolutions
 from subquad.ops import delta_product, delta_rule, gated_delta_rule
 
@@ -99,16 +100,7 @@ class DeltaNet(RecurrentMixer):
         self.convolutions = QKVConvolutions(key_dim, key_dim, value_dim, conv_size, activation=None)
 
     def recur(self, x: Tensor, lengths: Tensor | None, request: Request) -> tuple[Tensor, DeltaState]:
-        past: DeltaState | None = request.state
-        q, k, v, tails = self.convolutions(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
-            state=None if past is None else past.tails,
-            lengths=lengths,
-            cu_seqlens=request.cu_seqlens,
-            return_state=request.use_state,
-        )
+        q, k, v, tails = convolved_projections(self, x, lengths, request)
         q = self.normalize(self.activation(q).unflatten(-1, (-1, self.head_k_dim)))
         k = self.normalize(self.activation(k).unflatten(-1, (-1, self.head_k_dim)))
         v = F.silu(v).unflatten(-1, (-1, self.head_v_dim))
@@ -342,15 +334,7 @@ class DeltaProduct(RecurrentMixer):
 
     def recur(self, x: Tensor, lengths: Tensor | None, request: Request) -> tuple[Tensor, DeltaState]:
         past: DeltaState | None = request.state
-        q, k, v, tails = self.convolutions(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
-            state=None if past is None else past.tails,
-            lengths=lengths,
-            cu_seqlens=request.cu_seqlens,
-            return_state=request.use_state,
-        )
+        q, k, v, tails = convolved_projections(self, x, lengths, request)
         updates = (self.num_householder, self.num_heads, -1)
         q = l2_normalize(q.unflatten(-1, (-1, self.head_k_dim)))
         k = l2_normalize(k.unflatten(-1, updates))

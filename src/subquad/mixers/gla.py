@@ -10,6 +10,7 @@ from subquad.kernels.steps import layouts, plan
 from subquad.layers.norms import FloatRMSNorm, build_norm
 from subquad.layers.short_convolution import ConvolutionTails, QKVConvolutions
 from subquad.mixers.contract import MixerOutput, RecurrentMixer, Request, keep_mask, silence, wide
+from subquad.mixers.convolved import convolved_projections
 from subquad.mixers.steps import fits_tails, read_convolutions
 from subquad.ops import gla
 
@@ -72,15 +73,7 @@ class GatedLinearAttention(RecurrentMixer):
 
     def recur(self, x: Tensor, lengths: Tensor | None, request: Request) -> tuple[Tensor, GLAState]:
         past: GLAState | None = request.state
-        q, k, v, tails = self.convolutions(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
-            state=None if past is None else past.tails,
-            lengths=lengths,
-            cu_seqlens=request.cu_seqlens,
-            return_state=request.use_state,
-        )
+        q, k, v, tails = convolved_projections(self, x, lengths, request)
         q = q.unflatten(-1, (-1, self.head_k_dim))
         k = k.unflatten(-1, (-1, self.head_k_dim))
         v = v.unflatten(-1, (-1, self.head_v_dim))

@@ -19,6 +19,7 @@ from subquad.mixers.contract import (
     silence,
     wide,
 )
+from subquad.mixers.convolved import convolved_projections
 from subquad.ops import additive_gates, additive_weights, gla, linear_attention
 from subquad.positions.md_lrpe import MDLRPE, grid_coordinates
 
@@ -119,15 +120,7 @@ class LightNet(RecurrentMixer):
 
     def recur(self, x: Tensor, lengths: Tensor | None, request: Request) -> tuple[Tensor, LightNetState]:
         past: LightNetState | None = request.state
-        q, k, v, tails = self.convolutions(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
-            state=None if past is None else past.tails,
-            lengths=lengths,
-            cu_seqlens=request.cu_seqlens,
-            return_state=request.use_state,
-        )
+        q, k, v, tails = convolved_projections(self, x, lengths, request)
         q, k, v = self._heads(q, k, v)
         keep = keep_mask(x, lengths)
         if keep is not None:  # a token that is not there: its weight e^k is 0, and the mass stays

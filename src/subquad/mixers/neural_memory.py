@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from subquad.layers.norms import build_norm, l2_normalize
 from subquad.layers.short_convolution import ConvolutionTails, QKVConvolutions
 from subquad.mixers.contract import RecurrentMixer, Request, wide
+from subquad.mixers.convolved import convolved_projections
 from subquad.ops import NeuralMemoryState, neural_memory, neural_memory_read
 
 FIRST_FORGET, FIRST_MOMENTUM = -4.0, -2.0  # biases: a forgetting of 0.02, and momentum that multiplies steps by 1.1
@@ -127,15 +128,7 @@ class NeuralMemory(RecurrentMixer):
 
     def recur(self, x: Tensor, lengths: Tensor | None, request: Request) -> tuple[Tensor, MemoryState]:
         past: MemoryState | None = request.state
-        q, k, v, tails = self.convolutions(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
-            state=None if past is None else past.tails,
-            lengths=lengths,
-            cu_seqlens=request.cu_seqlens,
-            return_state=request.use_state,
-        )
+        q, k, v, tails = convolved_projections(self, x, lengths, request)
         if not self.convolutions.width:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from subquad.compress.sparse_feedforward import save_sparse, sparsify
 from subquad.evaluation import sparsity
-from subquad.inference.sparse_feedforward import save_sparse, sparsify
 from subquad.layers.feedforward_sites import feedforward_sites
 from subquad.training import Data, TrainingOptions, train
 from subquad.training.progressive_l1 import PenaltyStage, ProgressiveL1
@@ -74,7 +74,7 @@ def to_prosparse(
     """Exchanges the activation, trains under a penalty that grows, raises the threshold, and writes the model.
 
     The folder is an ordinary one, whose weights any tool loads as a ReLU model;
-    :func:`subquad.inference.sparse_feedforward.load_sparse` loads it with its threshold and skips inactive neurons.
+    :func:`subquad.compress.sparse_feedforward.load_sparse` loads it with its threshold and skips inactive neurons.
 
     Args:
         model: a causal language model with gated feed-forward layers of any activation; trained in place.

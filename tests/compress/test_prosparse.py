@@ -5,9 +5,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from subquad.convert.prosparse import substitute_relu, to_prosparse
+from subquad.compress.prosparse import substitute_relu, to_prosparse
+from subquad.compress.sparse_feedforward import load_sparse
 from subquad.evaluation import sparsity
-from subquad.inference.sparse_feedforward import load_sparse
 from subquad.training import Batch, TrainingOptions
 
 

@@ -12,14 +12,14 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from subquad.evaluation import sparsity
-from subquad.inference.sparse_feedforward import (
+from subquad.compress.sparse_feedforward import (
     SparseDownProjection,
     SparseGatedFeedForward,
     load_sparse,
     save_sparse,
     sparsify,
 )
+from subquad.evaluation import sparsity
 
 TOKENS = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(0))
 

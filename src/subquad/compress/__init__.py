@@ -1,0 +1,1 @@
+"""Models made smaller or sparser: fewer active neurons, fewer weights."""
