@@ -20,6 +20,8 @@ _ROOMS = (
     "blocks",
     "catalog",
     "claims",
+    "compress",
+    "convert",
     "evaluation",
     "feedforward",
     "inference",

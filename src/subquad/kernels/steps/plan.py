@@ -38,7 +38,7 @@ def serves(x: Tensor, dim: int) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not torch.is_grad_enabled()
-        and not _intercepted(x)
+        and not intercepted(x)
         and x.is_cpu
         and x.dtype is torch.float32
         and x.ndim == 3
@@ -49,7 +49,7 @@ def serves(x: Tensor, dim: int) -> bool:
     )
 
 
-def _intercepted(x: Tensor) -> bool:
+def intercepted(x: Tensor) -> bool:
     """Whether calls of torch's operators mean more than their values: autocast, modes, transforms, tracing, hooks."""
     return bool(
         torch.is_autocast_enabled("cpu")
