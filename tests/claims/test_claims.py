@@ -16,6 +16,32 @@ SHORT_FIRST, LONG_FIRST = "accuracy, short list first", "accuracy, long list fir
 
 # method -> figures that show the paper's effect; then (method, measure, value) changes that each undo it
 MADE_UP = {
+    "recycled": (
+        {
+            "recycled, a full step in 4": {"accuracy": 0.95},
+            "SnapKV": {"accuracy": 0.15},
+            "H2O": {"accuracy": 0.1},
+            "streaming": {"accuracy": 0.05},
+        },
+        [
+            ("recycled, a full step in 4", "accuracy", 0.7),
+            ("SnapKV", "accuracy", 0.4),
+            ("H2O", "accuracy", 0.4),
+            ("streaming", "accuracy", 0.4),
+        ],
+    ),
+    "hip": (
+        {
+            "HiP, each query its own keys": {"accuracy": 0.95},
+            "streaming": {"accuracy": 0.04},
+            "random keys": {"accuracy": 0.1},
+        },
+        [
+            ("HiP, each query its own keys", "accuracy", 0.8),
+            ("streaming", "accuracy", 0.3),
+            ("random keys", "accuracy", 0.3),
+        ],
+    ),
     "based": (
         {
             "Taylor, d 16": {"accuracy": 1.0},
@@ -91,6 +117,40 @@ MADE_UP = {
             "SiLU": {"ratio at 75": 0.16, "ratio at 600": 0.27},
         },
         [("SiLU", "ratio at 600", 0.17), ("SiLU", "ratio at 75", 0.3)],
+    ),
+    "lolcats": (
+        {
+            "LoLCATs": {"after transfer": 0.88, "at the end": 0.95},
+            "no transfer": {"at the end": 0.55},
+            "no transfer, 80 steps": {},
+            "linear attention, no window": {},
+            "transfer at 1e-2": {},
+            "text": {},
+            "text, transfer at 1e-2": {},
+            "text, no transfer": {},
+            "text, window alone": {},
+        },
+        [
+            ("LoLCATs", "after transfer", 0.7),
+            ("LoLCATs", "at the end", 0.89),
+            ("no transfer", "at the end", 0.8),
+        ],
+    ),
+    "liger": (
+        {
+            "Liger": {"teacher": 2.94, "at the end": 3.0, "added parameters": 0.0},
+            "recurrence alone": {"at the end": 3.5},
+            "LoLCATs": {"at the end": 2.97},
+            "LoLCATs, transfer at 1e-2": {},
+            "window alone": {},
+            "recall of pairs": {},
+        },
+        [
+            ("Liger", "teacher", 2.85),
+            ("Liger", "added parameters", 4.0),
+            ("recurrence alone", "at the end", 3.2),
+            ("LoLCATs", "at the end", 2.9),
+        ],
     ),
     "hedgehog": (
         {

@@ -21,7 +21,7 @@ def transfer(model, loss, steps=12, rate=3e-2):
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        losses.append(float(value))
+        losses.append(value.item())
     return losses
 
 

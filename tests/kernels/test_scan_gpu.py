@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from subquad.kernels.scan.gpu_tiles import Grid
 from tests.ops import test_diagonal_scan as diagonal
 from tests.ops import test_selective_scan as selective
+from tests.ops import test_wkv as wkv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -73,3 +74,27 @@ def test_diagonal_scan_equals_the_definition(time, channels, offsets):
     actual = diagonal.with_gradients(arguments, backend="gpu", **options)
     expected = diagonal.with_gradients([x.double() for x in arguments], backend="reference", **options)
     diagonal.assert_equal(actual, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("time", "channels", "offsets", "strength"),
+    [(2, 3, None, 20.0), (9, 70, None, 1.0), (24, 5, [0, 1, 1, 9, 24], 20.0)],
+)
+def test_wkv_equals_the_definition(time, channels, offsets, strength):
+    rows = 2 if offsets is None else len(offsets) - 1
+    drawn = wkv.draw(2 if offsets is None else 1, time, channels, strength=strength, rows=rows)
+    arguments = [x.float().to(DEVICE) for x in drawn]
+    options = {} if offsets is None else {"cu_seqlens": torch.tensor(offsets, device=DEVICE)}
+    actual = wkv.with_gradients(arguments, backend="gpu", **options)
+    expected = wkv.with_gradients([x.double() for x in arguments], backend="reference", **options)
+    wkv.assert_equal(actual, expected, 1e-4)
+
+
+def test_wkv_in_half_precision_keeps_a_float32_state():
+    arguments = [
+        x.to(DEVICE, torch.float16 if place < 2 else torch.float32) for place, x in enumerate(wkv.draw(time=9))
+    ]
+    actual = wkv.with_gradients(arguments, backend="gpu")
+    assert (actual[0].dtype, actual[1].dtype) == (torch.float16, torch.float32)
+    expected = wkv.with_gradients([x.double() for x in arguments], backend="reference")
+    wkv.assert_equal(actual, expected, 4 * 2.0**-10)

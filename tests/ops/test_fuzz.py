@@ -37,6 +37,7 @@ OPS = {
     "additive_attention": (ops.additive_attention, ("qk", "qk", "v")),
     "prefix_attention": (ops.prefix_attention, ("beta", "v")),
     "selective_scan": (ops.selective_scan, ("tokens", "steps", "rates", "maps", "maps", "bias")),
+    "ssd": (ops.ssd, ("v", "beta", "slope_down", "maps", "maps", "slope")),
     "diagonal_scan": (ops.diagonal_scan, ("tokens", "tokens")),
     "short_convolution": (ops.short_convolution, ("tokens", "weight", "bias")),
     "neural_memory": (
@@ -56,6 +57,7 @@ def calls(draw, roles):
         "amount": (b, t, h, k),
         "v": (b, t, h, v),
         "slope": (h,),
+        "slope_down": (h,),
         "head_gate": (b, t, h),
         "key_gate": (b, t, h, k),
         "beta": (b, t, h),
@@ -84,7 +86,7 @@ def calls(draw, roles):
             shape = shape[1:]
         own = draw(st.sampled_from(DTYPES)) if spoil == 2 else dtype
         x = torch.randn(shape, generator=generator)
-        if role in ("head_gate", "key_gate", "rates"):
+        if role in ("head_gate", "key_gate", "rates", "slope_down"):
             x = -x.abs()
         elif role in ("beta", "many_beta", "slope", "steps"):
             x = x.abs().clamp(max=2)

@@ -159,7 +159,7 @@ def test_layouts_and_compilation():
         ({"q": draw(2, 0, 3, 4)}, "empty"),
         ({"mask": torch.ones(2, 3, dtype=torch.bool)}, r"mask must be bool \(batch, keys\)"),
         ({"mask": torch.ones(2, 14)}, "mask must be bool"),
-        ({"cu_seqlens_k": torch.tensor([0, 14])}, "batch of 1"),
+        ({"cu_seqlens_k": torch.tensor([0, 14])}, "needs cu_seqlens"),
         ({"scale": float("nan")}, "scale must be a finite number"),
         (
             {"initial_state": ops.InjectiveState(*map(torch.zeros, ((2,), (2, 3, 9), (2, 3, 5), (2, 3, 4, 5))))},

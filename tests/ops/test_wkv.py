@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
 from subquad import ops
-from subquad.kernels.scan.wkv import wkv_cpu
+from subquad.kernels.scan.wkv import OPERATORS
 from subquad.ops.dynamics import Watch
 
 backends = pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
@@ -166,16 +166,15 @@ def test_second_derivative_of_a_kernel_is_refused_by_name():
 
 def test_operator_passes_opcheck():
     leaves = [t.float().requires_grad_() for t in draw()]
-    torch.library.opcheck(wkv_cpu.registered, (*leaves, None))
+    torch.library.opcheck(OPERATORS["cpu"].registered, (*leaves, None))
 
 
-@fast
-def test_compiles_as_one_graph(backend):
+def test_compiles_as_one_graph():
     torch._dynamo.reset()
-    drawn = [t.float() for t in draw(time=9)]
+    drawn = [t.float() for t in draw(time=4)]
 
     def run(k, v, time_decay, time_first, *state):
-        o, last = ops.wkv(k, v, time_decay, time_first, initial_state=state, return_state=True, backend=backend)
+        o, last = ops.wkv(k, v, time_decay, time_first, initial_state=state, return_state=True)
         return o.sin().sum() + last.numerator.sum() + last.maximum.sum()
 
     results = []
@@ -246,5 +245,5 @@ def test_wrong_states_and_backends_get_a_sentence():
         ops.wkv(k, v, time_decay, time_first, initial_state=(state[0][:1], *state[1:]))
     with pytest.raises(TypeError, match="three tensors"):
         ops.wkv(k, v, time_decay, time_first, initial_state=state[0])
-    with pytest.raises(ValueError, match="no Triton kernel"):
-        ops.wkv(k.float(), v.float(), time_decay, time_first, backend="gpu")
+    with pytest.raises(ValueError, match="did you mean 'cpu'"):
+        ops.wkv(k, v, time_decay, time_first, backend="cpuu")

@@ -1,8 +1,8 @@
 """Whether attention tells queries apart: how near the weights of different queries come to each other.
 
 Han et al. 2024 ("Bridging the Divide: Reconsidering Softmax and Linear Attention", section 4.1): attention is a
-function from queries to weights over the keys. Where it is not injective, different queries read the same; normalised linear
-attention with a homogeneous feature map confuses all queries on one ray.
+function from queries to weights over the keys. Where it is not injective, different queries read the same; normalised
+linear attention with a homogeneous feature map confuses all queries on one ray.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,8 @@
 """18 InLine: linear attention falls short for two reasons, confused queries and no sense of place (Han et al. 2024).
 
 Handwritten digits as 64 pixel tokens; beside InLine stand softmax attention, linear attention, and linear attention
-with a plain 5 x 5 depthwise convolution of the values. The second part needs no training: which queries share their weights.
+with a plain 5 x 5 depthwise convolution of the values. The second part needs no training: which queries share their
+weights.
 """
 
 from collections.abc import Callable, Sequence

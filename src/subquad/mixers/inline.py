@@ -105,7 +105,7 @@ class InLineAttention(Mixer):
     def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x, keys and values of ``source``, in heads; the kernel is not applied yet."""
         q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
-        return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # type: ignore[return-value]
+        return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
 
     def attention_weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Weights ``(B, H, T, S)`` of projected keys for projected queries; rows sum to 1, of either sign."""

@@ -1,4 +1,4 @@
-"""RWKV-4's weighted average as a torch operator, and in plain torch; numba loads at the first call.
+"""RWKV-4's weighted average as torch operators, and in plain torch; numba and Triton load at the first call.
 
 All take ``k, v (B, T, D)``, ``log_decay, time_first (D,)`` and the state, three of ``(N, D)``: numerator, denominator,
 and the maximum over which both are kept.
@@ -13,22 +13,25 @@ from subquad.kernels.scan.chunked import linear_scan
 
 State = tuple[Tensor, Tensor, Tensor]
 
-wkv_cpu = Operator(
-    "wkv_cpu",
-    "subquad.kernels.scan.wkv_cpu",
-    arguments="Tensor k, Tensor v, Tensor log_decay, Tensor time_first, Tensor numerator, Tensor denominator, "
-    "Tensor maximum, Tensor? cu_seqlens",
-    outputs=4,
-    differentiable=range(7),
-    shapes=lambda k, v, log_decay, time_first, numerator, *_: (
-        v.new_empty(v.shape),
-        *(numerator.new_empty(numerator.shape) for _ in range(3)),
-    ),
-)
+OPERATORS = {
+    backend: Operator(
+        f"wkv_{backend}",
+        f"subquad.kernels.scan.wkv_{backend}",
+        arguments="Tensor k, Tensor v, Tensor log_decay, Tensor time_first, Tensor numerator, Tensor denominator, "
+        "Tensor maximum, Tensor? cu_seqlens",
+        outputs=4,
+        differentiable=range(7),
+        shapes=lambda k, v, log_decay, time_first, numerator, *_: (
+            v.new_empty(v.shape),
+            *(numerator.new_empty(numerator.shape) for _ in range(3)),
+        ),
+    )
+    for backend in ("cpu", "gpu")
+}
 
 
 def maxima(k: Tensor, log_decay: Tensor, first: Tensor, steps: Tensor) -> Tensor:
-    """``(B, T, D)``: ``m_t = max(m_{t-1} + log_decay, k_t)`` from ``first (B, D)`` on, what every exponent is taken over.
+    """``m_t = max(m_{t-1} + log_decay, k_t)`` from ``first (B, D)`` on, ``(B, T, D)``: what exponents are taken over.
 
     ``steps (B, T, 1)`` counts the decays up to each token.
 

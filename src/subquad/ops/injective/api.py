@@ -14,7 +14,7 @@ from subquad.ops.injective.reference import injective_reference
 class InjectiveState(NamedTuple):
     """What keys and values come to: their number, means, and the sum of their centred products."""
 
-    count: Tensor  # (B,) float32
+    number: Tensor  # (B,) float32
     key_mean: Tensor  # (B, H, K) float32
     value_mean: Tensor  # (B, H, V)
     covariance: Tensor  # (B, H, K, V): sum_j (k_j - mean k) (v_j - mean v)^T
@@ -148,10 +148,10 @@ def combine_injective(first: InjectiveState, second: InjectiveState) -> Injectiv
         >>> torch.allclose(combine_injective(*parts).covariance, whole.covariance)
         True
     """
-    count = first.count + second.count
-    share = (second.count / count.clamp(min=1))[:, None, None]
+    count = first.number + second.number
+    share = (second.number / count.clamp(min=1))[:, None, None]
     key_step, value_step = second.key_mean - first.key_mean, second.value_mean - first.value_mean
-    between = (first.count[:, None, None] * share * key_step)[..., None] * value_step[..., None, :]
+    between = (first.number[:, None, None] * share * key_step)[..., None] * value_step[..., None, :]
     return InjectiveState(
         count,
         first.key_mean + share * key_step,
@@ -162,7 +162,7 @@ def combine_injective(first: InjectiveState, second: InjectiveState) -> Injectiv
 
 def _read(q: Tensor, state: InjectiveState, scale: float, cu_seqlens: Tensor | None) -> Tensor:
     mean = state.value_mean.to(q.dtype)
-    per_key = scale / state.count.clamp(min=1)
+    per_key = scale / state.number.clamp(min=1)
     slope = (per_key[:, None, None, None] * state.covariance).to(q.dtype)
     if cu_seqlens is None:
         return mean[:, None] + torch.einsum("bihk,bhkv->bihv", q, slope)

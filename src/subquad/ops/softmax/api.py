@@ -253,7 +253,7 @@ def _attend(
         output = output * sees_any[..., None, None].to(output.dtype)
     if sight.causal and mask is not None:
         output = output * mask[..., None, None].to(output.dtype)
-    return output, _kept(k, v, positions, sight), log_sum_exp
+    return output, _kept(k, v, positions, sight, mask is None), log_sum_exp
 
 
 def _torch_attention(
@@ -312,13 +312,15 @@ def _by_query_blocks(
     return torch.cat(outputs, 1).to(v.dtype), torch.cat(sums, 1)
 
 
-def _kept(k: Tensor, v: Tensor, positions: Tensor, sight: Sight) -> SoftmaxState:
-    """The keys that a later query can still see."""
+def _kept(k: Tensor, v: Tensor, positions: Tensor, sight: Sight, unmasked: bool) -> SoftmaxState:
+    """The keys that a later query can still see. ``unmasked``: there is no padding behind those of an earlier state."""
     if sight.window_size is None:
         return SoftmaxState(k, v, positions)
     length, last = positions.shape[1], max(sight.window_size - 1, 1)  # one key at least: it carries the position
     if length <= last + sight.num_sinks:
         return SoftmaxState(k, v, positions)
+    if unmasked and not sight.num_sinks:  # a state's padding stands before its keys: the newest are the last columns
+        return SoftmaxState(*(x[:, -last:].clone() for x in (k, v, positions)))  # a view would hold all of them
     # sinks first, then the newest real keys; the order within a row is kept, padding goes first among the rest
     newest = positions.amax(dim=1, keepdim=True)
     wanted = (positions >= 0) & ((positions < sight.num_sinks) | (positions > newest - last))

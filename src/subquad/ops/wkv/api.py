@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels import backends
-from subquad.kernels.scan.wkv import chunked, maxima, packed_chunked, wkv_cpu
+from subquad.kernels.scan.wkv import OPERATORS, chunked, maxima, packed_chunked
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
 from subquad.ops.wkv.reference import State, wkv_reference
@@ -47,7 +47,7 @@ def wkv(
             given. Packed: one row per sequence.
         return_state: whether to return the state after the last token, float32.
         cu_seqlens: ``(N + 1,)`` int32 or int64, where N packed sequences begin and end in a batch of one.
-        backend: ``auto``, ``reference``, ``chunked`` or ``cpu``; never changes the meaning. On a GPU ``chunked`` runs.
+        backend: ``auto``, ``reference``, ``chunked``, ``cpu`` or ``gpu``; never changes the meaning.
 
     Returns:
         The average ``(B, T, D)`` in v's dtype, and the last state or None.
@@ -75,12 +75,11 @@ def wkv(
     if watch is not None:
         h, _ = watch.take(_system(k, v, log_decay, first, state))
         return h[..., 0], None
-    no_kernel = {"gpu": "there is no Triton kernel of it; use backend='chunked'"}
-    chosen = backends.resolve(backend, k.device, k.dtype, no_kernel)
+    chosen = backends.resolve(backend, k.device, k.dtype)
     one_token = k.shape[1] == 1 and cu_seqlens is None  # the definition has no loop left, and costs less than a kernel
-    if chosen == "cpu" and not one_token:
+    if chosen in OPERATORS and not one_token:
         offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
-        o, *last = wkv_cpu(k, v, log_decay, first, *state, offsets)
+        o, *last = OPERATORS[chosen](k, v, log_decay, first, *state, offsets)
         return o, WKVState(*last) if return_state else None
     key, value = k.to(accumulate), v.to(accumulate)
     if chosen == "reference" or one_token:
@@ -100,7 +99,7 @@ def _start(given: object, k: Tensor, shape: tuple[int, int], dtype: torch.dtype)
         raise TypeError("initial_state must be three tensors: numerator, denominator, maximum")
     for name, x in zip(WKVState._fields, given):
         contract.check_argument(f"initial_state.{name}", x, k, shape, "(batch or packed sequences, channels)")
-    return tuple(x.to(dtype) for x in given)  # type: ignore[return-value]
+    return tuple(x.to(dtype) for x in given)
 
 
 def _reference(
