@@ -16,6 +16,7 @@ COMMANDS = [
     "convert",
     "generate",
     "sparsity",
+    "rectify",
     "claims",
     "bench",
     "analyze",
@@ -139,3 +140,32 @@ def test_sparsity_measures_and_saves(tmp_path):
     again = run("sparsity", str(tmp_path / "model"), *data, "--save", str(tmp_path / "sparse"))
     assert again.exit_code == 2
     assert "exists already" in again.stderr
+
+
+def test_rectify_learns_a_value_and_shows_its_price(tmp_path):
+    tokenizer = tasks.byte_tokenizer()
+    torch.manual_seed(0)
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    SubquadForCausalLM(SubquadConfig(vocab_size=len(tokenizer), mixers="gla", **fields)).save_pretrained(
+        tmp_path / "lm"
+    )
+    tokenizer.save_pretrained(tmp_path / "lm")
+    (tmp_path / "reward.py").write_text("def reward(text):\n    return -float(any(c.isupper() for c in text))\n")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n\nthree\n")
+    common = [
+        "rectify",
+        str(tmp_path / "lm"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "-o",
+        str(tmp_path / "value"),
+    ]
+    sizes = ["--continuations", "8", "--max-new-tokens", "4", "--steps", "3", "--width", "8"]
+    result = run(*common, "--reward", str(tmp_path / "reward.py"), *sizes)
+    assert result.exit_code == 0, result.stderr
+    assert "the model alone" in result.output
+    assert (tmp_path / "value" / "dead_end_value.safetensors").is_file()
+    (tmp_path / "empty.py").write_text("")
+    again = run(*common[:-1], str(tmp_path / "other"), "--reward", str(tmp_path / "empty.py"))
+    assert again.exit_code == 2
+    assert "defines no function reward" in again.stderr

@@ -26,7 +26,7 @@ LAYERS_MAY_USE = {"layers", "positions"}
 
 
 def modules():
-    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in ("blocks", "cli"))
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem == "blocks")
 
 
 def room_of(path):

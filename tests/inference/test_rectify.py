@@ -16,6 +16,7 @@ from subquad.inference.dead_end_value import (
     sarsa_loss,
     train_value,
 )
+from subquad.inference.rectification import rectification_curve
 from subquad.inference.rectify import RectifyLogits, rectify
 from subquad.training import TrainingOptions
 
@@ -263,6 +264,30 @@ def test_texts_are_sampled_and_scored_to_their_end():
     assert rewards[:3] == [-1.0] * 3
     with pytest.raises(ValueError, match="prompt"):
         sample_and_score(model, tokenizer, [], lambda text: 0.0)
+
+
+def test_the_curve_shows_what_strictness_costs():
+    tokenizer = tasks.byte_tokenizer()
+    torch.manual_seed(0)
+    fields = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = SubquadForCausalLM(SubquadConfig(hidden_size=16, mixers="gla", **fields)).eval()
+    value = DeadEndValue(SubquadForCausalLM(SubquadConfig(hidden_size=16, mixers="gru", **fields))).eval()
+    fatal = tokenizer("".join(map(chr, range(32, 122))))["input_ids"]
+    with torch.no_grad():  # many tokens are known to be fatal
+        value.head[2].bias[fatal] = -1.0
+    bad = {tokenizer.decode([token]) for token in fatal}
+
+    def reward(text):
+        return -float(any(character in bad for character in text[1:]))
+
+    rows = rectification_curve(
+        model, tokenizer, value, ["z"], reward, epsilons=(0.0, 0.05), continuations=20, max_new_tokens=4
+    )
+    assert [row.epsilon for row in rows] == [None, 0.0, 0.05]
+    assert rows[0].undesired > 0.5
+    assert rows[0].divergence == 0
+    assert rows[2].undesired <= rows[1].undesired < rows[0].undesired
+    assert rows[2].divergence >= rows[1].divergence > 0
 
 
 def test_bad_input_is_refused():

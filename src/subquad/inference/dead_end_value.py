@@ -255,7 +255,7 @@ def sample_and_score(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
             for row in output.tolist():
-                text = _until_end(row, inputs["input_ids"].shape[1], tokenizer.eos_token_id)
+                text = until_end(row, inputs["input_ids"].shape[1], tokenizer.eos_token_id)
                 texts.append(text)
                 rewards.append(float(reward(tokenizer.decode(text, skip_special_tokens=True))))
     _check_rewards(torch.tensor(rewards))
@@ -282,7 +282,7 @@ def exact_value(world: TokenWorld, policy: np.ndarray | None = None) -> np.ndarr
     return values
 
 
-def _until_end(tokens: list[int], prompt: int, end: int | None) -> list[int]:
+def until_end(tokens: list[int], prompt: int, end: int | None) -> list[int]:
     """A generated row up to its first end token after the prompt, that token included."""
     for place in range(prompt, len(tokens)):
         if tokens[place] == end:

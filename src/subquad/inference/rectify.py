@@ -83,6 +83,7 @@ class RectifyLogits(LogitsProcessor):
 
     Attributes:
         without_safe_token: how many (row, step) pairs had caps that no distribution satisfies.
+        divergences: ``KL(q || p)`` of each row ``(B,)``, step by step.
 
     Raises:
         ValueError: epsilon outside [0, 1).
@@ -100,6 +101,7 @@ class RectifyLogits(LogitsProcessor):
             raise ValueError(f"epsilon must be in [0, 1); got {epsilon}")
         self.value, self.epsilon, self.attention_mask, self.rounds = value, epsilon, attention_mask, rounds
         self.without_safe_token = 0
+        self.divergences: list[Tensor] = []
         self._seen: Tensor | None = None
         self._cache: Any = None
 
@@ -121,7 +123,11 @@ class RectifyLogits(LogitsProcessor):
         if infeasible and not self.without_safe_token:
             warnings.warn("no safe continuation: at some step the caps of all tokens sum to less than 1", stacklevel=2)
         self.without_safe_token += infeasible
-        return rectify(scores.float().log_softmax(-1), caps, rounds=self.rounds).to(scores.dtype)
+        log_probs = scores.float().log_softmax(-1)
+        rectified = rectify(log_probs, caps, rounds=self.rounds)
+        q = rectified.exp()
+        self.divergences.append((q * (rectified - log_probs)).where(q > 0, 0).sum(-1))
+        return rectified.to(scores.dtype)
 
     def _q(self, input_ids: Tensor) -> Tensor:
         """Q ``(B, V)`` after the last token, from the cache where it knows all tokens but that one."""

@@ -1,0 +1,5 @@
+"""``python -m subquad.cli``."""
+
+from subquad.cli import main
+
+main()
