@@ -459,6 +459,12 @@ SYSTEMS = (
         "Sparsing Law",
         "Towards Large Language Models with Greater Activation Sparsity",
         "measurement, feed-forward",
+        names={
+            "evaluation": {
+                "perplexity_sparsity": Named("subquad.evaluation.sparsity:perplexity_sparsity"),
+                "fit_sparsity_law": Named("subquad.evaluation.sparsity_law:fit_sparsity_law"),
+            }
+        },
         state="built",
     ),
     System(
@@ -510,6 +516,12 @@ SYSTEMS = (
         "Rectification",
         "Systematic Rectification of Language Models via Dead-end Analysis",
         "decoding",
+        names={
+            "inference": {
+                "rectify_logits": Named("subquad.inference.rectify:RectifyLogits"),
+                "dead_end_value": Named("subquad.inference.dead_end_value:DeadEndValue"),
+            }
+        },
         state="built",
     ),
     System(

@@ -12,7 +12,7 @@ from subquad.layers.registry import load
 from tests.docs.pages import ROOT
 
 BUILT = [row for row in ROWS if row.state == "built"]
-FLOORS = {"ops", "mixers", "feedforwards", "norms", "positions", "inference"}
+FLOORS = {"ops", "mixers", "feedforwards", "norms", "positions", "inference", "evaluation"}
 built = pytest.mark.parametrize("row", BUILT, ids=lambda row: row.slug)
 
 

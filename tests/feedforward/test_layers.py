@@ -1,4 +1,4 @@
-"""Feed-forward layers by name: swiglu, sglu, gelu and relu are their formulas."""
+"""Feed-forward layers by name: swiglu, sglu, reglu, fatreglu, gelu and relu are their formulas."""
 
 import pytest
 import torch
@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from subquad import feedforward
 
 
-@pytest.mark.parametrize(("name", "activation"), [("swiglu", F.silu), ("sglu", lambda x: x)])
+def fat(x):
+    return torch.where(x >= 0.01, x, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"), [("swiglu", F.silu), ("sglu", lambda x: x), ("reglu", F.relu), ("fatreglu", fat)]
+)
 def test_gated_layers_are_their_formula(name, activation):
     layer, x = feedforward.build(name, 6, 10), torch.randn(2, 3, 6)
     up, gate, down = (getattr(layer, f"{part}_proj").weight for part in ("up", "gate", "down"))
@@ -26,6 +32,16 @@ def test_sglu_with_a_constant_gate_is_linear():
     torch.nn.init.zeros_(layer.gate_proj.weight)
     torch.nn.init.ones_(layer.gate_proj.bias)
     torch.testing.assert_close(layer(x + y), layer(x) + layer(y))
+
+
+def test_a_threshold_leaves_small_gates_out():
+    layer = feedforward.build("fatreglu", 2, 2)
+    with torch.no_grad():
+        for projection in (layer.gate_proj, layer.up_proj, layer.down_proj):
+            projection.weight.copy_(torch.eye(2))
+    assert layer(torch.tensor([0.009, 0.02])).tolist() == pytest.approx([0.0, 0.0004])
+    with pytest.raises(ValueError, match="negative"):
+        type(layer)(2, 2, threshold=-1.0)
 
 
 def test_a_wrong_name_gets_the_nearest():
