@@ -36,6 +36,7 @@ bench: $(STAMP)  ## every op against torch's attention and the peers; writes ben
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/scans.py
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/long_sequences.py
 	$(BIN)/python benchmarks/generation_memory.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/optimize.py
 	$(BIN)/python docs/generate.py
 
 claims: $(STAMP)  ## every paper's small experiment; continues past failures, records the figures and writes the docs table

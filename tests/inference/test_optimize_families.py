@@ -54,7 +54,7 @@ IGNORE_PADDING = {"rwkv", "xlstm", "recurrent_gemma"}
 #: transformers is wrong here: test_optimize_right.py has what is right.
 WRONG_LEFT_PADDING, WRONG_ROWS = {"minimax"}, {"rwkv"}
 #: Make a cache of a class of their own.
-OWN_CACHE = {"minimax", "rwkv"}
+OWN_CACHE = {"minimax", "rwkv", "xlstm"}
 LIMITED_STEPS = {"nemotron_h", "zamba2"}
 TOLERANCE = 1e-4
 

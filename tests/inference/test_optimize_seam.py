@@ -232,20 +232,22 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_next", "kimi_linear", "minimax", "rwkv"])
-def test_bfloat16_models_stay_bfloat16(name):
-    wide = tiny(name)
-    expected = logits(wide)
-    model = wide.to(torch.bfloat16)
-    optimize(model)
-    ids = IDS[:1] if name == "rwkv" else IDS
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, pad_token_id=0,
-    )  # fmt: skip
-    # two layers of products of 64 numbers rounded to 2^-9 each: some 2% of the largest logit
-    assert float((found.logits[0] - expected[: len(ids), -1]).abs().max()) <= 0.06 * float(expected.abs().max())
-    assert {x.dtype for n, x in model.named_parameters() if "time_" not in n} == {torch.bfloat16}
+@pytest.mark.parametrize(
+    "name", ["mamba", "zamba", "mamba2", "falcon_h1", "qwen3_next", "olmo_hybrid", "kimi_linear", "minimax", "rwkv"]
+)
+def test_bfloat16_models_stay_bfloat16_and_are_as_near_to_float32_as_before(name):
+    ids = IDS[:1]
+    expected = tiny(name)(input_ids=ids, use_cache=False).logits
+    narrow, errors = {x: tiny(name).to(torch.bfloat16) for x in ("plain", "ours")}, {}
+    optimize(narrow["ours"])
+    for which, model in narrow.items():
+        out = model(input_ids=ids[:, :8], use_cache=True)
+        past = "state" if name == "rwkv" else "cache"
+        one = model(input_ids=ids[:, 8:], use_cache=True, **{past: out[past]})
+        errors[which] = float((torch.cat([out.logits, one.logits], 1) - expected).abs().max())
+        assert {x.dtype for n, x in model.named_parameters() if "time_" not in n} == {torch.bfloat16}
+    # both are sums of the same roundings in another order; of some thousand logits the worst is meant
+    assert errors["ours"] <= 1.5 * errors["plain"]
 
 
 def test_only_modules_are_taken():

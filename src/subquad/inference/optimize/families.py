@@ -75,7 +75,7 @@ LAYERS = {
     ),
     "RwkvSelfAttention": OwnLayer({"forward": (("bb6e482747c39d68",), own_layers.rwkv_attention)}, ("wkv",)),
     "RwkvFeedForward": OwnLayer({"forward": (("c0364c1ceeb4f368",), own_layers.rwkv_feed_forward)}, ("wkv",)),
-    "xLSTMBackend": OwnLayer({"forward": (("X1",), own_layers.xlstm_backend)}, ("mlstm",)),
+    "xLSTMBackend": OwnLayer({"forward": (("b36fa25c389f640c",), own_layers.xlstm_backend)}, ("mlstm",)),
 }
 
 #: By the digest of a layer's ``forward``: one token through the parts between its projections.

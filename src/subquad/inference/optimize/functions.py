@@ -134,7 +134,8 @@ def mamba_selective_state_update(
     """One token ``hidden_states, dt, z (B, D)``, ``B, C (B, N)`` after ``state (B, D, N)``, which takes it in."""
     refuse_packed(kwargs)
     if dt_softplus and D is not None and step_kernels.serves(hidden_states, dt, A, B, C, D, dt_bias, z, state):
-        return step_kernels.selective_scan(hidden_states, dt, A, B, C, D, dt_bias, z, state)
+        output = step_kernels.selective_scan(hidden_states, dt, A, B, C, D, dt_bias, z, state)
+        return output.to(hidden_states.dtype)
     output, after = mamba_selective_scan(
         hidden_states[..., None],
         dt[..., None],
@@ -219,7 +220,8 @@ def mamba2_selective_state_update(
     plain = dt_softplus and z is None
     if plain and D is not None and step_kernels.serves(hidden_states, dt, A, B, C, D, dt_bias, state):
         bias = None if dt_bias is None else dt_bias[:, 0]
-        return step_kernels.ssd(hidden_states, dt[..., 0], A[:, 0, 0], B, C, D[:, 0], bias, state)
+        output = step_kernels.ssd(hidden_states, dt[..., 0], A[:, 0, 0], B, C, D[:, 0], bias, state)
+        return output.to(hidden_states.dtype)
     step = _step(dt[..., 0], None if dt_bias is None else dt_bias[..., 0], dt_softplus, None)
     output, after = ssd(
         hidden_states[:, None],

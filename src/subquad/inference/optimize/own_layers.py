@@ -27,6 +27,9 @@ def rg_lru_scan(
     if hidden_states.shape[1] == 1 and recurrent_states is None:
         return hidden_states, hidden_states[:, 0].to(acc_dtype)
     decay = (recurrent_gate * ~reset).to(torch.promote_types(hidden_states.dtype, acc_dtype))
+    if hidden_states.shape[1] == 1 and recurrent_states is not None:
+        after = torch.addcmul(hidden_states[:, 0].to(decay.dtype), decay[:, 0], recurrent_states)
+        return after[:, None].to(hidden_states.dtype), after
     output, state = diagonal_scan(decay, hidden_states, initial_state=recurrent_states, return_state=True)
     assert state is not None
     return output, state
@@ -59,7 +62,11 @@ def recurrent_gemma_block(
         if not known:
             self.rg_lru.recurrent_states = None
         self.conv1d_state = torch.cat([before, x], dim=1)[:, length:].mT
-    convolved, _ = short_convolution(x, self.conv_1d.weight[:, 0], self.conv_1d.bias, initial_state=before)
+    weight, bias = self.conv_1d.weight[:, 0], self.conv_1d.bias
+    if length == 1 and before is not None:
+        convolved = ((torch.cat([before, x], dim=1) * weight.T).sum(1) + bias)[:, None]
+    else:
+        convolved, _ = short_convolution(x, weight, bias, initial_state=before)
     hidden_states = self.rg_lru(convolved, position_ids) * y
     if layer is not None:
         layer.update_recurrent_state(self.rg_lru.recurrent_states)
@@ -145,7 +152,7 @@ def rwkv_attention(
     index = self.layer_id
     shifted = _shift(hidden, None if state is None else state[1][:, :, index])
     key, value, receptance = (
-        projection(hidden * mix + shifted * (1 - mix))
+        projection(torch.lerp(shifted, hidden, mix))
         for projection, mix in (
             (self.key, self.time_mix_key),
             (self.value, self.time_mix_value),
@@ -169,8 +176,8 @@ def rwkv_feed_forward(
 ) -> tuple[Tensor, list[Tensor] | None]:
     """``RwkvFeedForward.forward``, in which every row is mixed with its own last token."""
     shifted = _shift(hidden, None if state is None else state[0][:, :, self.layer_id])
-    key = self.key(hidden * self.time_mix_key + shifted * (1 - self.time_mix_key))
-    receptance = self.receptance(hidden * self.time_mix_receptance + shifted * (1 - self.time_mix_receptance))
+    key = self.key(torch.lerp(shifted, hidden, self.time_mix_key))
+    receptance = self.receptance(torch.lerp(shifted, hidden, self.time_mix_receptance))
     if state is not None:
         state[0][:, :, self.layer_id] = hidden[:, -1]
     return torch.sigmoid(receptance) * self.value(torch.relu(key).square()), state
@@ -179,6 +186,8 @@ def rwkv_feed_forward(
 def _shift(hidden: Tensor, last: Tensor | None) -> Tensor:
     """Every token's predecessor; the first one's is ``last (B, D)``, or zero."""
     first = torch.zeros_like(hidden[:, :1]) if last is None else last[:, None].to(hidden.dtype)
+    if hidden.shape[1] == 1:
+        return first.clone()  # not a view of the state, which changes
     return torch.cat([first, hidden[:, :-1]], dim=1)
 
 

@@ -20,7 +20,7 @@ from subquad.inference.optimize.functions import SILU
 def _states(
     layer: Any, cache: Any, x: Tensor, mask: Tensor | None, packing: dict[str, Any], *weights: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """The layer's two states, float32 and contiguous, if one token may go through kernels."""
+    """The layer's two states, contiguous, if one token may go through kernels."""
     if mask is not None or packing.get("seq_idx") is not None or packing.get("cu_seq_lens_q") is not None:
         return None
     if cache.is_recording_past(layer.layer_idx) or layer.activation not in SILU or not _plain(layer.conv1d, nn.Conv1d):
@@ -54,7 +54,7 @@ def mamba(layer: Any, x: Tensor, cache: Any, mask: Tensor | None, packing: dict[
     channels, width = layer.A_log.shape
     inner = layer.in_proj(x)[:, 0]
     u = step_kernels.convolve_rows(inner[:, :channels], convolved, layer.conv1d.weight, layer.conv1d.bias)
-    maps = layer.x_proj(u)
+    maps = layer.x_proj(u.to(x.dtype))
     low, write, read = maps.split([maps.shape[-1] - 2 * width, width, width], dim=-1)
     if hasattr(layer, "dt_layernorm"):
         low, write, read = layer.dt_layernorm(low), layer.b_layernorm(write), layer.c_layernorm(read)
@@ -62,7 +62,7 @@ def mamba(layer: Any, x: Tensor, cache: Any, mask: Tensor | None, packing: dict[
     y = step_kernels.selective_scan(
         u, logits, layer.A_log, write, read, layer.D, projection.bias, inner[:, channels:], recurrent, logarithms=True
     )
-    output: Tensor = layer.out_proj(y[:, None])
+    output: Tensor = layer.out_proj(y[:, None].to(x.dtype))
     return output
 
 
@@ -78,7 +78,7 @@ def zamba(layer: Any, x: Tensor, cache: Any, mask: Tensor | None, packing: dict[
     inner = layer.in_proj(x)[:, 0].view(rows, -1, 2)
     u = step_kernels.convolve_rows(inner[..., 0].contiguous(), convolved, layer.conv1d.weight, layer.conv1d.bias)
     gate = inner[..., 1].reshape(rows, heads, channels)
-    by_head = u.view(rows, heads, channels)
+    by_head = u.to(x.dtype).view(rows, heads, channels)
     maps = torch.einsum("hmc,bhc->hbm", layer.x_proj_weight, by_head)
     low, write, read = maps.split([maps.shape[-1] - 2 * width, width, width], dim=-1)
     logits = torch.bmm(low, layer.dt_proj_weight.mT)
@@ -97,7 +97,7 @@ def zamba(layer: Any, x: Tensor, cache: Any, mask: Tensor | None, packing: dict[
         )
         for head in range(heads)
     ]
-    output: Tensor = layer.out_proj(torch.cat(outputs, dim=-1)[:, None])
+    output: Tensor = layer.out_proj(torch.cat(outputs, dim=-1)[:, None].to(x.dtype))
     return output
 
 
@@ -144,7 +144,7 @@ def _ssd(layer: Any, projected: Tensor, convolved: Tensor, recurrent: Tensor) ->
         recurrent,
         logarithms=True,
     )
-    return y.view(rows, 1, heads * layer.head_dim)
+    return y.view(rows, 1, heads * layer.head_dim).to(projected.dtype)
 
 
 def qwen3_next(layer: Any, x: Tensor, cache: Any, mask: Tensor | None, packing: dict[str, Any]) -> Tensor | None:
@@ -192,7 +192,8 @@ def _gated_delta(
     mixed = step_kernels.convolve_rows(mixed, convolved, layer.conv1d.weight, layer.conv1d.bias)
     log_decay, beta = step_kernels.delta_gates(a, b, layer.A_log, layer.dt_bias, largest)
     query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    return step_kernels.delta(query, key, value, log_decay, beta, recurrent, normalize=True)
+    y = step_kernels.delta(query, key, value, log_decay, beta, recurrent, normalize=True)
+    return y.to(a.dtype)
 
 
 def kimi(layer: Any, x: Tensor, cache: Any, mask: Tensor | None, packing: dict[str, Any]) -> Tensor | None:
@@ -218,7 +219,7 @@ def _kimi(
     log_decay = layer.forget_gate(x).reshape(-1, heads, width)
     beta = torch.sigmoid(layer.b_proj(x))[:, 0]
     query, key, value = mixed.split(heads * width, dim=-1)
-    y = step_kernels.delta(query, key, value, log_decay, beta, recurrent, normalize=True)
+    y = step_kernels.delta(query, key, value, log_decay, beta, recurrent, normalize=True).to(x.dtype)
     shape = (-1, 1, heads, width)
     output: Tensor = layer.o_proj(layer.o_norm(y.view(shape), gate().view(shape)).flatten(2))
     return output
