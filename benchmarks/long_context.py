@@ -35,7 +35,7 @@ PER_CHARACTER = 4.0  # characters of prose per token, at least
 def windows(tokenizer: Any, tokens: int, number: int) -> Tensor:
     """``(number, tokens)`` of consecutive prose."""
     data = tasks.prose_text()
-    text = "".join(bytes(part).replace(b"\0", b"\n").decode() for part in (data.test, data.validation, data.train))
+    text = "".join(bytes(part).replace(b"\0", b"\n").decode() for part in (data.test, data.valid, data.train))
     ids = tokenizer(text[: 8 * tokens * number], return_tensors="pt").input_ids[0]
     if len(ids) < tokens * number:
         raise ValueError(f"there are {len(ids)} tokens of prose, not {number} windows of {tokens}")

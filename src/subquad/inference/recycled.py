@@ -236,7 +236,8 @@ def _attention(
     if not isinstance(cache_layer, RecycledLayer) and key.shape[2] > query.shape[2]:
         raise ValueError(
             f"recycled attention keeps what it reads in a cache of its own, and {type(module).__name__} was given "
-            "another or does not hand it on; take Cache(layer_class_to_replicate=RecycledLayer) where you call the model yourself"
+            "another or does not hand it on; where you call the model yourself, take "
+            "Cache(layer_class_to_replicate=RecycledLayer)"
         )
     if not isinstance(cache_layer, RecycledLayer) or more_than_causal:
         return full_attention(module, query, key, value, attention_mask, dropout, scaling)
