@@ -19,6 +19,9 @@ MADE_UP = {
     "recycled": (
         {
             "recycled, a full step in 4": {"accuracy": 0.95},
+            "recycled, a full step in 8": {"accuracy": 0.6},
+            "recycled, a full step in 4, no pooling": {"accuracy": 0.6},
+            "the whole cache": {"accuracy": 1.0},
             "SnapKV": {"accuracy": 0.15},
             "H2O": {"accuracy": 0.1},
             "streaming": {"accuracy": 0.05},
@@ -33,6 +36,9 @@ MADE_UP = {
     "hip": (
         {
             "HiP, each query its own keys": {"accuracy": 0.95},
+            "HiP, blocks of 4 queries": {"accuracy": 0.9},
+            "HiP, blocks of 8 queries": {"accuracy": 0.8},
+            "its own attention": {"accuracy": 1.0},
             "streaming": {"accuracy": 0.04},
             "random keys": {"accuracy": 0.1},
         },

@@ -143,5 +143,6 @@ CLAIM = Claim(
         at_least(Term(WEIGHTS, NEAREST), plus=APART),
         at_most(Term(WEIGHTS, COLLISION), plus=1e-12),
     ),
-    remark="Every seed is judged, where the mean of two would do for the first two rules.",
+    remark="Every seed is judged by itself. The local residual, whose kernels have to be learnt, is behind the global "
+    "part after 250 steps; four times as many close the gap and no more.",
 )

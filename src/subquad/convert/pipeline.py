@@ -97,6 +97,8 @@ def run(
     if target.exists():
         raise ValueError(f"{target} exists already: name a folder that does not, or remove it")
     source, tokenizer = load_source(model), load_tokenizer(model)
+    if torch.accelerator.is_available():  # where the loop of training trains
+        source.to(torch.accelerator.current_accelerator())
     planned = plan(source, chosen, layers=layers, **(options or {}))
     text = _tokens(data, tokenizer, settings)
     work = _Work(target, _identity_of(planned, chosen, text, settings, options or {}, source), console)
@@ -105,7 +107,7 @@ def run(
         converted = _train(source, chosen, layers, options or {}, text, tokenizer, settings, work)
         probe = torch.from_numpy(text.tokens("test")[None, : min(64, settings.context)].astype(np.int64))
         with torch.no_grad():
-            expected = converted(input_ids=probe, use_cache=False).logits
+            expected = converted(input_ids=probe.to(converted.device), use_cache=False).logits.cpu()
         folder = work.folder / "finished"
         shutil.rmtree(folder, ignore_errors=True)
         converted.save_pretrained(folder)
