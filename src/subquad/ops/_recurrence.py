@@ -1,15 +1,14 @@
 """The way from an op with a matrix state to the shared recurrence: dtypes, defaults, packing of the reference."""
 
 from collections.abc import Callable
-from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from subquad.kernels import backends
 from subquad.kernels.recurrence import checks, dispatch
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
+from subquad.ops._packed import each_sequence
 
 LARGEST_GPU_WIDTH = 256
 Reference = Callable[..., tuple[Tensor, Tensor]]
@@ -76,7 +75,14 @@ def run_recurrence(
         gates = {name: None if x is None else x.to(accumulate) for name, x in gates.items()}
         if initial_state is None:
             initial_state = q.new_zeros(states, heads, width, v.shape[-1], dtype=accumulate)
-        output, state = _each_sequence(reference, operands, gates, scale, initial_state, cu_seqlens)
+        absent = {name: None for name, x in gates.items() if x is None}
+        present = {name: x for name, x in gates.items() if x is not None}
+
+        def define(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            *own, state = rest
+            return reference(q, k, v, **dict(zip(present, own)), **absent, scale=scale, initial_state=state)
+
+        output, state = each_sequence(define, [*operands, *present.values()], initial_state, cu_seqlens)
         output = output.to(v.dtype)
     else:
         output, state = dispatch.run(
@@ -93,34 +99,3 @@ def run_recurrence(
             value_log_decay=value_log_decay,
         )
     return output, state if return_state else None
-
-
-def _each_sequence(
-    reference: Reference,
-    operands: list[Tensor],
-    gates: dict[str, Tensor | None],
-    scale: float,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        return reference(*operands, **gates, scale=scale, initial_state=initial_state)
-    q = operands[0]
-    offsets = cu_seqlens.tolist()
-    outputs, states = [], []
-
-    def part(x: Tensor, start: int, end: int) -> Tensor:
-        if x.ndim == 1:  # one number per head
-            return x
-        per_token = x.shape[1] // q.shape[1]
-        return x[:, start * per_token : end * per_token]
-
-    for n, (start, end) in enumerate(pairwise(offsets)):
-        state = initial_state[n : n + 1]
-        if end > start:
-            pieces = [part(x, start, end) for x in operands]
-            gate_pieces = {name: None if x is None else part(x, start, end) for name, x in gates.items()}
-            output, state = reference(*pieces, **gate_pieces, scale=scale, initial_state=state)
-            outputs.append(output)
-        states.append(state)
-    return torch.cat(outputs, dim=1), torch.cat(states)

@@ -1,6 +1,5 @@
 """The doors to the additive recurrence: attention itself, and its keys and gates for those who turn keys in between."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -8,8 +7,8 @@ from torch import Tensor
 
 from subquad.kernels import backends, packing
 from subquad.kernels.prefix import log_mass as running
-from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
+from subquad.ops._packed import each_sequence
 from subquad.ops.additive.reference import additive_attention_reference, full_additive_attention_reference
 from subquad.ops.gla import gla
 from subquad.ops.linear import linear_attention
@@ -86,9 +85,14 @@ def additive_attention(
     shape = (contract.number_of_states(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[3])
     state, mass = _start(initial_state, initial_mass, q, shape)
     if backends.resolve(backend, q.device, q.dtype) == "reference":
+
+        def define(q: Tensor, k: Tensor, v: Tensor, own: AdditiveState) -> tuple[Tensor, AdditiveState]:
+            output, *last = additive_attention_reference(q, k, v, scale=scale, state=own[0], log_mass=own[1])
+            return output, AdditiveState(*last)
+
         operands = [x.to(accumulate) for x in (q, k, v)]
-        output, last, last_mass = _each_sequence(operands, scale, state, mass, cu_seqlens)
-        return output.to(v.dtype), AdditiveState(last, last_mass) if return_state else None
+        output, last = each_sequence(define, operands, AdditiveState(state, mass), cu_seqlens)
+        return output.to(v.dtype), last if return_state else None
     gates = additive_gates(k, log_mass=mass, cu_seqlens=cu_seqlens, backend=backend)
     # in float32: a key of bfloat16 would be rounded a second time, and with it the mean that it is a share of
     output, after = gla(
@@ -208,24 +212,6 @@ def _before(z: Tensor, first: Tensor, cu_seqlens: Tensor) -> Tensor:
     places = packing.locate(cu_seqlens, z.shape[1])
     starts = (places.place == 0)[:, None, None]
     return torch.where(starts, first[places.sequence], z[0].roll(1, 0))[None]
-
-
-def _each_sequence(
-    operands: list[Tensor], scale: float, state: Tensor, log_mass: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = operands
-    if cu_seqlens is None:
-        return additive_attention_reference(q, k, v, scale=scale, state=state, log_mass=log_mass)
-    outputs, states, masses = [], [], []
-    for n, (start, end) in enumerate(pairwise(check_offsets(cu_seqlens, q.shape[1]))):
-        last, mass = state[n : n + 1], log_mass[n : n + 1]
-        if end > start:
-            pieces = (x[:, start:end] for x in (q, k, v))
-            output, last, mass = additive_attention_reference(*pieces, scale=scale, state=last, log_mass=mass)
-            outputs.append(output)
-        states.append(last)
-        masses.append(mass)
-    return torch.cat(outputs, 1), torch.cat(states), torch.cat(masses)
 
 
 def _full(

@@ -1,7 +1,5 @@
 """The door to the diagonal scan."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,7 @@ from subquad.kernels import backends
 from subquad.kernels.scan import chunked, diagonal
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
+from subquad.ops._packed import each_sequence
 from subquad.ops.diagonal_scan.reference import diagonal_scan_reference
 
 
@@ -72,22 +71,9 @@ def diagonal_scan(
         return h, state if return_state else None
     decay, wide = decay.to(accumulate), x.to(accumulate)
     if chosen == "reference":
-        h, state = _reference(decay, wide, initial_state, cu_seqlens)
+        h, state = each_sequence(diagonal_scan_reference, (decay, wide), initial_state, cu_seqlens)
     elif cu_seqlens is None:
         h, state = chunked.linear_scan(decay, wide, initial_state)
     else:
         h, state = chunked.packed_linear_scan(decay, wide, initial_state, cu_seqlens)
     return h.to(x.dtype), state if return_state else None
-
-
-def _reference(decay: Tensor, x: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        return diagonal_scan_reference(decay, x, initial_state)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        state = initial_state[n : n + 1]
-        if end > start:
-            output, state = diagonal_scan_reference(decay[:, start:end], x[:, start:end], state)
-            outputs.append(output)
-        states.append(state)
-    return torch.cat(outputs, dim=1), torch.cat(states)

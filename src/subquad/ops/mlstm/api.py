@@ -1,6 +1,5 @@
 """The door to xLSTM's matrix memory: gated linear attention over what the largest exponent leaves."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from subquad.kernels import backends, packing
 from subquad.ops import _contract as contract
+from subquad.ops._packed import each_sequence
 from subquad.ops.gla import simple_gla
 from subquad.ops.mlstm.reference import State, mlstm_reference
 
@@ -84,8 +84,12 @@ def mlstm(
     log_forget = F.logsigmoid(forget)
     one_token = q.shape[1] == 1 and cu_seqlens is None  # the definition has no loop left
     if backends.resolve(backend, q.device, q.dtype) == "reference" or one_token:
-        operands = (query, key, value, added, log_forget)
-        h, last = _reference(operands, scale, eps, start, cu_seqlens)
+        h, last = each_sequence(
+            lambda *tokens: mlstm_reference(*tokens[:-1], scale=scale, eps=eps, state=tokens[-1]),
+            (query, key, value, added, log_forget),
+            start,
+            cu_seqlens,
+        )
         return h.to(v.dtype), MLSTMState(*last) if return_state else None
 
     first, ends = _sequences(start[2], q.shape[1], cu_seqlens)
@@ -158,18 +162,3 @@ def _start(given: object, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype
     for name, x, shape in zip(MLSTMState._fields, given, shapes):
         contract.check_argument(f"initial_state.{name}", x, q, shape, axes)
     return tuple(x.to(dtype) for x in given)
-
-
-def _reference(
-    operands: tuple[Tensor, ...], scale: float, eps: float, state: State, cu_seqlens: Tensor | None
-) -> tuple[Tensor, State]:
-    if cu_seqlens is None:
-        return mlstm_reference(*operands, scale=scale, eps=eps, state=state)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        own: State = tuple(x[n : n + 1] for x in state)  # type: ignore[assignment]
-        if end > start:
-            output, own = mlstm_reference(*(x[:, start:end] for x in operands), scale=scale, eps=eps, state=own)
-            outputs.append(output)
-        states.append(own)
-    return torch.cat(outputs, dim=1), tuple(map(torch.cat, zip(*states)))  # type: ignore[return-value]

@@ -1,15 +1,13 @@
 """The door to attention with one query over every prefix: checks, then the fastest form that can run."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from subquad.kernels import backends
 from subquad.kernels.prefix import dispatch
-from subquad.kernels.recurrence.checks import check_offsets
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
+from subquad.ops._packed import each_sequence
 from subquad.ops.prefix_attention.reference import PrefixState, combine_prefix, prefix_attention_reference
 
 __all__ = ["PrefixState", "combine_prefix", "prefix_attention"]
@@ -73,7 +71,7 @@ def prefix_attention(
     chosen = backends.resolve(backend, values.device, values.dtype, unsupported)
     scores = scores.to(accumulate)
     if chosen == "reference":
-        output, last = _each_sequence(scores, values.to(accumulate), state, cu_seqlens)
+        output, last = each_sequence(prefix_attention_reference, (scores, values.to(accumulate)), state, cu_seqlens)
         output = output.to(values.dtype)
     else:
         output, triple = dispatch.run(scores, values, (state[0], state[1], state[2]), cu_seqlens, backend=chosen)
@@ -104,18 +102,3 @@ def _checked(state: object, values: Tensor, shape: tuple[int, int, int]) -> Pref
         axes = "(batch or packed sequences, heads" + (", value width)" if len(own) == 3 else ")")
         contract.check_argument(f"initial_state.{name}", leaf, values, own, axes)
     return PrefixState(*state)
-
-
-def _each_sequence(
-    scores: Tensor, values: Tensor, state: PrefixState, cu_seqlens: Tensor | None
-) -> tuple[Tensor, PrefixState]:
-    if cu_seqlens is None:
-        return prefix_attention_reference(scores, values, state)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(check_offsets(cu_seqlens, values.shape[1]))):
-        own = PrefixState(*(x[n : n + 1] for x in state))
-        if end > start:
-            output, own = prefix_attention_reference(scores[:, start:end], values[:, start:end], own)
-            outputs.append(output)
-        states.append(own)
-    return torch.cat(outputs, dim=1), PrefixState(*(torch.cat(leaves) for leaves in zip(*states)))

@@ -1,7 +1,5 @@
 """The doors to the selective scan: the op, and the same with softplus, bias and gate in one pass, for mixers."""
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +8,7 @@ from subquad.kernels import backends
 from subquad.kernels.scan import chunked, dispatch
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
+from subquad.ops._packed import each_sequence
 from subquad.ops.selective_scan.reference import selective_scan_reference
 
 LARGEST_GPU_STATES = 256
@@ -186,7 +185,12 @@ def _run(
     if initial_state is None:
         initial_state = u.new_zeros(contract.number_of_states(u, cu_seqlens), *A.shape, dtype=accumulate)
     if chosen == "reference":
-        y, state = _reference(tokens, A, D, initial_state, cu_seqlens)
+        y, state = each_sequence(
+            lambda u, delta, B, C, state: selective_scan_reference(u, delta, A, B, C, D, state),
+            tokens,
+            initial_state,
+            cu_seqlens,
+        )
     else:
         u_wide, step, B, C = tokens
         if cu_seqlens is None:
@@ -223,20 +227,3 @@ def _check_values(A: Tensor, delta: Tensor | None) -> None:
         raise ValueError(
             f"delta must not be negative: it is a step in time; its least value is {float(delta.min()):.4g}"
         )
-
-
-def _reference(
-    tokens: list[Tensor], A: Tensor, D: Tensor | None, initial_state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        u, delta, B, C = tokens
-        return selective_scan_reference(u, delta, A, B, C, D, initial_state)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        state = initial_state[n : n + 1]
-        if end > start:
-            u, delta, B, C = (x[:, start:end] for x in tokens)
-            output, state = selective_scan_reference(u, delta, A, B, C, D, state)
-            outputs.append(output)
-        states.append(state)
-    return torch.cat(outputs, dim=1), torch.cat(states)

@@ -1,13 +1,12 @@
 """The door to Mamba-2's state space model."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from subquad.kernels import backends
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
+from subquad.ops._packed import each_sequence
 from subquad.ops.gla import simple_gla
 from subquad.ops.ssd.reference import ssd_reference
 
@@ -69,7 +68,12 @@ def ssd(
         if initial_state is None:
             shape = (contract.number_of_states(x, cu_seqlens), *x.shape[2:], B.shape[-1])
             initial_state = x.new_zeros(shape, dtype=accumulate)
-        y, state = _reference(wide, delta, A, B, C, D, initial_state.to(accumulate), cu_seqlens)
+        y, state = each_sequence(
+            lambda x, delta, B, C, state: ssd_reference(x, delta, A, B, C, D, state),
+            (wide, delta, B, C),
+            initial_state.to(accumulate),
+            cu_seqlens,
+        )
         return y.to(x.dtype), state if return_state else None
     per_group = x.shape[2] // B.shape[2]
     B, C = (maps.repeat_interleave(per_group, dim=2) if per_group > 1 else maps for maps in (B, C))
@@ -155,27 +159,3 @@ def _system(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
         read=read,
         skip=None if D is None else D.double(),
     )
-
-
-def _reference(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        return ssd_reference(x, delta, A, B, C, D, initial_state)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        state = initial_state[n : n + 1]
-        if end > start:
-            pieces = (piece[:, start:end] for piece in (x, delta, B, C))
-            x_n, delta_n, B_n, C_n = pieces
-            output, state = ssd_reference(x_n, delta_n, A, B_n, C_n, D, state)
-            outputs.append(output)
-        states.append(state)
-    return torch.cat(outputs, dim=1), torch.cat(states)

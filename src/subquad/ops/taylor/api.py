@@ -1,7 +1,5 @@
 """The door to Taylor linear attention: causal or not, self or cross, with or without a normaliser."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from subquad.kernels.taylor.dispatch import taylor_cpu
 from subquad.kernels.taylor.features import feature_width, read_features, sum_features, taylor_features
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
+from subquad.ops._packed import each_sequence
 from subquad.ops._recurrence import LARGEST_GPU_WIDTH, run_recurrence
 from subquad.ops.linear.api import NormalizedState, _check_cross
 from subquad.ops.linear.reference import linear_attention_reference
@@ -233,17 +232,12 @@ def _run_causal(
         if cu_seqlens is None:
             return chunked.taylor_attention(query, key, values, state, scale, chunk_size)
         return chunked.packed_taylor_attention(query, key, values, state, cu_seqlens, scale, chunk_size)
-    if cu_seqlens is None:
-        return taylor_attention_reference(query, key, values, scale=scale, initial_state=state)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(check_offsets(cu_seqlens, q.shape[1]))):
-        own = state[n : n + 1]
-        if end > start:
-            pieces = (x[:, start:end] for x in (query, key, values))
-            output, own = taylor_attention_reference(*pieces, scale=scale, initial_state=own)
-            outputs.append(output)
-        states.append(own)
-    return torch.cat(outputs, dim=1), torch.cat(states)
+    return each_sequence(
+        lambda q, k, v, state: taylor_attention_reference(q, k, v, scale=scale, initial_state=state),
+        (query, key, values),
+        state,
+        cu_seqlens,
+    )
 
 
 def _run_full(

@@ -1,6 +1,5 @@
 """The door to RWKV-4's weighted average."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from subquad.kernels import backends
 from subquad.kernels.scan.wkv import OPERATORS, chunked, maxima, packed_chunked
 from subquad.ops import _contract as contract
 from subquad.ops import dynamics
+from subquad.ops._packed import each_sequence
 from subquad.ops.wkv.reference import State, wkv_reference
 
 EMPTY = -1e38  # the maximum before any token, as in the authors' code: finite, and below whatever comes
@@ -83,7 +83,9 @@ def wkv(
         return o, WKVState(*last) if return_state else None
     key, value = k.to(accumulate), v.to(accumulate)
     if chosen == "reference" or one_token:
-        o, final = _reference(key, value, log_decay, first, state, cu_seqlens)
+        o, final = each_sequence(
+            lambda k, v, state: wkv_reference(k, v, log_decay, first, state), (key, value), state, cu_seqlens
+        )
     elif cu_seqlens is None:
         o, final = chunked(key, value, log_decay, first, state)
     else:
@@ -100,21 +102,6 @@ def _start(given: object, k: Tensor, shape: tuple[int, int], dtype: torch.dtype)
     for name, x in zip(WKVState._fields, given):
         contract.check_argument(f"initial_state.{name}", x, k, shape, "(batch or packed sequences, channels)")
     return tuple(x.to(dtype) for x in given)
-
-
-def _reference(
-    k: Tensor, v: Tensor, log_decay: Tensor, time_first: Tensor, state: State, cu_seqlens: Tensor | None
-) -> tuple[Tensor, State]:
-    if cu_seqlens is None:
-        return wkv_reference(k, v, log_decay, time_first, state)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        own: State = tuple(x[n : n + 1] for x in state)  # type: ignore[assignment]
-        if end > start:
-            output, own = wkv_reference(k[:, start:end], v[:, start:end], log_decay, time_first, own)
-            outputs.append(output)
-        states.append(own)
-    return torch.cat(outputs, dim=1), tuple(map(torch.cat, zip(*states)))  # type: ignore[return-value]
 
 
 def _system(k: Tensor, v: Tensor, log_decay: Tensor, time_first: Tensor, state: State) -> dynamics.RecurrentSystem:
