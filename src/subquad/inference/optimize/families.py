@@ -41,17 +41,13 @@ FUNCTIONS = {
         functions.mamba2_selective_state_update, ("b7c8369bfce13006",), "ssd"
     ),
     "torch_chunk_gated_delta_rule": SharedFunction(
-        functions.torch_chunk_gated_delta_rule, ("8aa518a1a727ffae",), "gated_delta_rule", NORM
+        functions.gated_delta, ("8aa518a1a727ffae",), "gated_delta_rule", NORM
     ),
     "torch_recurrent_gated_delta_rule": SharedFunction(
-        functions.torch_recurrent_gated_delta_rule, ("622cdad2a1a10388",), "gated_delta_rule", NORM
+        functions.gated_delta, ("622cdad2a1a10388",), "gated_delta_rule", NORM
     ),
-    "chunk_kimi_delta_attention": SharedFunction(
-        functions.chunk_kimi_delta_attention, ("3bbf50d805dbee4b",), "kda", NORM
-    ),
-    "recurrent_kimi_delta_attention": SharedFunction(
-        functions.recurrent_kimi_delta_attention, ("c0bf9f75ea818949",), "kda", NORM
-    ),
+    "chunk_kimi_delta_attention": SharedFunction(functions.kimi_delta, ("3bbf50d805dbee4b",), "kda", NORM),
+    "recurrent_kimi_delta_attention": SharedFunction(functions.kimi_delta, ("c0bf9f75ea818949",), "kda", NORM),
 }
 
 

@@ -1,10 +1,12 @@
-"""Our operations under the names, arguments and layouts of the functions that transformers' models share.
+"""Our operations with the arguments and layouts of the functions that transformers' models share.
 
-Each function here takes the place of the one with its name in ``transformers.models.*.modeling_*`` (5.24): it computes
-the same from the same arguments. Layouts are transformers': convolutions and Mamba's scan have time last, all else has
-it second. Packed sequences are refused, as transformers refuses them without further packages.
+Each function here takes the place of one in ``transformers.models.*.modeling_*`` (5.24; of which one is said in
+:data:`.families.FUNCTIONS`): it computes the same from the same arguments. Layouts are transformers': convolutions and
+Mamba's scan have time last, all else has it second. Packed sequences are refused, as transformers refuses them without
+further packages.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -239,109 +241,45 @@ def mamba2_selective_state_update(
     return output if z is None else (output * F.silu(z)).to(hidden_states.dtype)
 
 
-def torch_chunk_gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    chunk_size: int = 64,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule of ``query, key (B, T, Hk, K)``, ``value (B, T, Hv, V)``, ``g, beta (B, T, Hv)``."""
-    refuse_packed(kwargs)
-    return _delta(
-        gated_delta_rule, query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel
-    )
+def _delta_rule(op: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function of a delta rule, for prompts and for single tokens alike: transformers has one for each.
 
-
-def chunk_kimi_delta_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    chunk_size: int = 64,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Kimi delta attention: the same with a decay ``g (B, T, H, K)`` per key channel."""
-    refuse_packed(kwargs)
-    return _delta(kda, query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel)
-
-
-def torch_recurrent_gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`torch_chunk_gated_delta_rule`, for a few tokens."""
-    refuse_packed(kwargs)
-    return _delta(
-        gated_delta_rule, query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel
-    )
-
-
-def recurrent_kimi_delta_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`chunk_kimi_delta_attention`, for a few tokens."""
-    refuse_packed(kwargs)
-    return _delta(kda, query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel)
-
-
-def _delta(
-    op: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    return_state: bool,
-    normalize: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """transformers computes in float32 whatever comes, and gives the output in the query's dtype.
-
-    The state that comes is kept as it is; one that is returned is another.
+    Layers name all arguments after ``value``. As in transformers everything is computed in float32, the output has the
+    query's dtype, and a given state is kept as it is: one that is returned is another.
     """
-    dtype = query.dtype
-    query, key, value, log_decay, beta = (x.to(torch.float32) for x in (query, key, value, log_decay, beta))
-    one = query.shape[1] == 1 and return_state
-    if one and initial_state is not None and step_kernels.serves(query, key, value, log_decay, beta, initial_state):
-        state = initial_state.clone(memory_format=torch.contiguous_format)
-        q, k, v, gate, strength = (x[:, 0] for x in (query, key, value, log_decay, beta))
-        return step_kernels.delta(q, k, v, gate, strength, state, normalize=normalize)[:, None].to(dtype), state
-    if normalize:
-        query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (query, key))
-    if key.shape[2] != value.shape[2]:
-        query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in (query, key))
-    output, state = op(
-        query,
-        key,
-        value,
-        log_decay,
-        beta,
-        initial_state=None if initial_state is None else initial_state.to(torch.float32),
-        return_state=return_state,
-    )
-    return output.to(dtype), state
+
+    def rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        refuse_packed(kwargs)
+        dtype = query.dtype
+        query, key, value, g, beta = (x.to(torch.float32) for x in (query, key, value, g, beta))
+        one = query.shape[1] == 1 and output_final_state
+        if one and initial_state is not None and step_kernels.serves(query, key, value, g, beta, initial_state):
+            state = initial_state.clone(memory_format=torch.contiguous_format)
+            token = (x[:, 0] for x in (query, key, value, g, beta))
+            return step_kernels.delta(*token, state, normalize=use_qk_l2norm_in_kernel)[:, None].to(dtype), state
+        if use_qk_l2norm_in_kernel:
+            query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+        if key.shape[2] != value.shape[2]:
+            query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in (query, key))
+        start = None if initial_state is None else initial_state.to(torch.float32)
+        output, last = op(query, key, value, g, beta, initial_state=start, return_state=output_final_state)
+        return output.to(dtype), last
+
+    return rule
+
+
+#: Of ``query, key (B, T, Hk, K)``, ``value (B, T, Hv, V)``, ``g, beta (B, T, Hv)``.
+gated_delta = _delta_rule(gated_delta_rule)
+#: The same with a decay ``g (B, T, H, K)`` per key channel.
+kimi_delta = _delta_rule(kda)
