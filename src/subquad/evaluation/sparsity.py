@@ -111,14 +111,8 @@ def measure(model: nn.Module, windows: Windows, rule: Rule | None = None) -> Spa
         >>> 0 < found.ratio < 1 and found.loss == found.dense_loss
         True
     """
-    windows = _checked(windows)
-    sites = feedforward_sites(model)
-    dense = _loss(model, windows)
-    with _truncated(sites, rule or zero()) as counts:
-        loss = _loss(model, windows, counts)
-    by_layer = tuple(float(count.active) / (count.tokens * count.used.numel()) for count in counts)
-    never = sum(int((~count.used).sum()) for count in counts) / sum(count.used.numel() for count in counts)
-    return SparsityMeasure(sum(by_layer) / len(by_layer), by_layer, loss, dense, never)
+    windows, sites = _checked(windows), feedforward_sites(model)
+    return _measure(model, sites, windows, rule or zero(), _loss(model, windows))
 
 
 def cett_thresholds(model: nn.Module, windows: Windows, error: float) -> Thresholds:
@@ -135,7 +129,7 @@ def cett_thresholds(model: nn.Module, windows: Windows, error: float) -> Thresho
     """
     _check_share("error", error)
     windows = _checked(windows)
-    return _thresholds(_error_curves(model, windows), error)
+    return _thresholds(_error_curves(model, feedforward_sites(model), windows), error)
 
 
 @dataclass(frozen=True)
@@ -164,13 +158,13 @@ def perplexity_sparsity(
     """
     if not percent > 0:
         raise ValueError(f"percent must be above 0; got {percent}")
-    windows = _checked(windows)
-    curves = _error_curves(model, windows)
+    windows, sites = _checked(windows), feedforward_sites(model)
+    curves, dense_loss = _error_curves(model, sites, windows), _loss(model, windows)
     found: dict[float, tuple[Thresholds, SparsityMeasure]] = {}
 
     def holds(c: float) -> bool:
         thresholds = _thresholds(curves, c)
-        found[c] = thresholds, measure(model, windows, truncation(thresholds))
+        found[c] = thresholds, _measure(model, sites, windows, truncation(thresholds), dense_loss)
         return found[c][1].perplexity_increase <= percent
 
     good, bad = 0.0, 1.0
@@ -207,11 +201,12 @@ def largest_gate_threshold(
     """
     if not (percent > 0 and highest > 0):
         raise ValueError(f"percent and highest must be above 0; got {percent} and {highest}")
-    windows = _checked(windows)
-    good, bad, found = 0.0, highest, measure(model, windows, zero())
+    windows, sites = _checked(windows), feedforward_sites(model)
+    dense_loss = _loss(model, windows)
+    good, bad, found = 0.0, highest, _measure(model, sites, windows, zero(), dense_loss)
     while bad - good > tolerance:
         middle = (good + bad) / 2
-        tried = measure(model, windows, fat(middle))
+        tried = _measure(model, sites, windows, fat(middle), dense_loss)
         if tried.perplexity_increase <= percent:
             good, found = middle, tried
         else:
@@ -220,6 +215,20 @@ def largest_gate_threshold(
 
 
 # --- on the way ------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    model: nn.Module,
+    sites: Sequence[FeedForwardSite],
+    windows: Sequence[Mapping[str, Tensor]],
+    rule: Rule,
+    dense_loss: float,
+) -> SparsityMeasure:
+    with _truncated(sites, rule) as counts:
+        loss = _loss(model, windows, counts)
+    by_layer = tuple(float(count.active) / (count.tokens * count.used.numel()) for count in counts)
+    never = sum(int((~count.used).sum()) for count in counts) / sum(count.used.numel() for count in counts)
+    return SparsityMeasure(sum(by_layer) / len(by_layer), by_layer, loss, dense_loss, never)
 
 
 class _Count:
@@ -302,9 +311,10 @@ def _runs(
 
 
 @torch.no_grad()
-def _error_curves(model: nn.Module, windows: Iterable[Mapping[str, Tensor]]) -> list["_ErrorCurve"]:
+def _error_curves(
+    model: nn.Module, sites: Sequence[FeedForwardSite], windows: Iterable[Mapping[str, Tensor]]
+) -> list["_ErrorCurve"]:
     """Of every layer, from h of all real tokens, ``(tokens, F)`` float32, in the dense model."""
-    sites = feedforward_sites(model)
     kept: list[list[Tensor]] = [[] for _ in sites]
     latest: dict[int, Tensor] = {}
     handles = [
