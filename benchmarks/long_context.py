@@ -22,10 +22,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from subquad import tasks
+from subquad.convert.measures import needle_accuracy
 from subquad.inference import hip_attention
 from subquad.inference.hip_attention import hip
 from subquad.inference.recycled import RecycledLayer, recycle
-from subquad.tasks.needle import answer_matches
 from subquad.tasks.pretrained_models import pretrained
 
 HIP = {"window": 256, "sinks": 16, "block_q": 64, "query_stride": 4, "shared": True}
@@ -93,18 +93,6 @@ def prompt_perplexity(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def needles(model: PreTrainedModel, tokenizer: Any, tokens: int, number: int) -> float:
-    """Share of five-digit numbers written out after texts of about so many tokens."""
-    rows = tasks.get("needle").examples(number, seed=0, index=0, length=int(0.9 * tokens * PER_CHARACTER))
-    right = 0
-    for prompt, answer in rows:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        written = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        right += answer_matches(tokenizer.decode(written), answer)
-    return right / len(rows)
-
-
-@torch.no_grad()
 def step_perplexity(model: PreTrainedModel, ids: Tensor, steps: int, layer: Callable[[], Any]) -> float:
     """Of the last ``steps`` tokens of each window, read one by one after the others."""
     total = 0.0
@@ -131,7 +119,8 @@ def compare_prompts(model: PreTrainedModel, tokenizer: Any, given: argparse.Name
         ):
             row = {"attention": name, "budget": budget, **prompt_perplexity(model, ids)}
             if given.needles:
-                row["needles"] = needles(model, tokenizer, given.tokens, given.needles)
+                characters = int(0.9 * given.tokens * PER_CHARACTER)
+                row["needles"] = needle_accuracy(model, tokenizer, characters, given.needles)
         rows.append(row)
         print(row, flush=True)
     return rows

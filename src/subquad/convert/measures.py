@@ -8,6 +8,7 @@ import torch
 
 from subquad.evaluation.loss import bits_per_byte
 from subquad.evaluation.throughput import context_cost
+from subquad.evaluation.writing import padding_token
 from subquad.tasks.needle import Needle, answer_matches
 
 NEEDLE_CHARACTERS = (400, 1600)
@@ -67,11 +68,12 @@ def repetition_recall(model: Any, text: Any) -> float:
 
 
 @torch.no_grad()
-def needle_accuracy(model: Any, tokenizer: Any, characters: int) -> float | None:
-    """Share of needles found in haystacks of so many characters (:class:`subquad.tasks.Needle`); None: too long."""
+def needle_accuracy(model: Any, tokenizer: Any, characters: int, number: int = NEEDLES) -> float | None:
+    """Share of ``number`` needles found in haystacks of so many characters (:class:`subquad.tasks.Needle`); None: too
+    long for the model."""
     device = next(model.parameters()).device
     found = 0
-    for prompt, answer in Needle(length=characters).examples(NEEDLES, seed=SEED, index=0):
+    for prompt, answer in Needle(length=characters).examples(number, seed=SEED, index=0):
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
         if ids.shape[1] + 12 > _longest(model):
             return None
@@ -80,10 +82,10 @@ def needle_accuracy(model: Any, tokenizer: Any, characters: int) -> float | None
             attention_mask=torch.ones_like(ids),
             max_new_tokens=12,
             do_sample=False,
-            pad_token_id=_pad(tokenizer),
+            pad_token_id=padding_token(tokenizer),
         )
         found += answer_matches(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True), answer)
-    return found / NEEDLES
+    return found / number
 
 
 @torch.no_grad()
@@ -96,7 +98,7 @@ def continuation(model: Any, text: Any, tokenizer: Any) -> tuple[str, str]:
         attention_mask=torch.ones_like(ids),
         max_new_tokens=WRITTEN_TOKENS,
         do_sample=False,
-        pad_token_id=_pad(tokenizer),
+        pad_token_id=padding_token(tokenizer),
     )
     return tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :])
 
@@ -121,8 +123,3 @@ def costs(model: Any, contexts: tuple[int, ...]) -> dict[str, dict[str, float]]:
 
 def _longest(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
-
-
-def _pad(tokenizer: Any) -> int | None:
-    value = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return None if value is None else int(value)

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from subquad.evaluation.writing import sample_texts
 from subquad.tasks.token_world import TokenWorld
 from subquad.training import Batch, TrainingOptions, train
 from subquad.training.checkpoint import write_atomically
@@ -215,7 +216,6 @@ def train_value(
     return train(value, data, options, out=folder, resume=resume, objective=objective, console=console)
 
 
-@torch.no_grad()
 def sample_and_score(
     model: Any,
     tokenizer: Any,
@@ -246,18 +246,9 @@ def sample_and_score(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-            output = model.generate(
-                **inputs,
-                do_sample=True,
-                max_new_tokens=max_new_tokens,
-                num_return_sequences=continuations,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
-            for row in output.tolist():
-                text = until_end(row, inputs["input_ids"].shape[1], tokenizer.eos_token_id)
-                texts.append(text)
-                rewards.append(float(reward(tokenizer.decode(text, skip_special_tokens=True))))
+            written, _ = sample_texts(model, tokenizer, prompt, number=continuations, max_new_tokens=max_new_tokens)
+            texts += written
+            rewards += [float(reward(tokenizer.decode(text, skip_special_tokens=True))) for text in written]
     _check_rewards(torch.tensor(rewards))
     return texts, rewards
 
@@ -280,14 +271,6 @@ def exact_value(world: TokenWorld, policy: np.ndarray | None = None) -> np.ndarr
         values[t] = after[world.following]
         after = (policy * values[t]).sum(1)
     return values
-
-
-def until_end(tokens: list[int], prompt: int, end: int | None) -> list[int]:
-    """A generated row up to its first end token after the prompt, that token included."""
-    for place in range(prompt, len(tokens)):
-        if tokens[place] == end:
-            return tokens[: place + 1]
-    return tokens
 
 
 def _check_rewards(rewards: Tensor) -> None:

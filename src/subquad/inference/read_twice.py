@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.evaluation.writing import padding_token
+
 
 class JustReadTwice:
     """Builds prompts in which the context stands several times, and answers questions by them with any causal model.
@@ -48,6 +50,7 @@ class JustReadTwice:
                 f"it holds {fields}"
             )
         self.tokenizer, self.max_tokens, self.repeats = tokenizer, max_tokens, fields.count("context")
+        self.padding = padding_token(tokenizer) or 0  # masked: any token will do
 
     def prompt(self, context: str, question: str = "") -> list[int]:
         """The token ids of one prompt; what the tokenizer puts before and after a text is put there once.
@@ -87,7 +90,7 @@ class JustReadTwice:
         rows = [self.prompt(context, question) for context, question in zip(contexts, questions)]
         longest = max(map(len, rows))
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        pad = self._pad_token()
+        pad = self.padding
         return {
             "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
             "attention_mask": mask,
@@ -119,7 +122,7 @@ class JustReadTwice:
         output = model.generate(
             **{name: tensor.to(model.device) for name, tensor in inputs.items()},
             max_new_tokens=max_new_tokens,
-            pad_token_id=self._pad_token(),
+            pad_token_id=self.padding,
             **{"do_sample": False, **generation},
         )
         return [self.tokenizer.decode(row[length:], skip_special_tokens=True) for row in output]
@@ -127,12 +130,6 @@ class JustReadTwice:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
-
-    def _pad_token(self) -> int:
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0):
-            if token is not None:
-                return int(token)
-        raise AssertionError("0 is a token")
 
 
 @torch.no_grad()

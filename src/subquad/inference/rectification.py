@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from subquad.inference.dead_end_value import DeadEndValue, sample_and_score, train_value, until_end
+from subquad.evaluation.writing import sample_texts
+from subquad.inference.dead_end_value import DeadEndValue, sample_and_score, train_value
 from subquad.inference.rectify import RectifyLogits
 from subquad.models import SubquadConfig, SubquadForCausalLM
 from subquad.training import TrainingOptions
@@ -58,28 +59,24 @@ def rectification_curve(
     """
     if not prompts or not all(prompts):
         raise ValueError("give at least one prompt, none of them empty")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows = []
     for epsilon in (None, *epsilons):
         rewards, divergences = [], []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for prompt in prompts:
-                inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-                start = inputs["input_ids"].shape[1]
-                processors = [] if epsilon is None else [RectifyLogits(value, epsilon)]
-                output = model.generate(
-                    **inputs,
-                    do_sample=True,
+                rectifiers = [] if epsilon is None else [RectifyLogits(value, epsilon)]
+                texts, start = sample_texts(
+                    model,
+                    tokenizer,
+                    prompt,
+                    number=continuations,
                     max_new_tokens=max_new_tokens,
-                    num_return_sequences=continuations,
-                    pad_token_id=pad,
-                    logits_processor=processors,
+                    logits_processors=rectifiers,
                 )
-                texts = [until_end(row, start, tokenizer.eos_token_id) for row in output.tolist()]
                 rewards += [float(reward(tokenizer.decode(text, skip_special_tokens=True))) for text in texts]
-                if processors:
-                    steps = torch.stack(processors[0].divergences, 1)
+                for rectifier in rectifiers:
+                    steps = torch.stack(rectifier.divergences, 1)
                     written = torch.tensor([len(text) - start for text in texts], device=steps.device)[:, None]
                     inside = torch.arange(steps.shape[1], device=steps.device) < written
                     divergences += (steps * inside).sum(1).tolist()
