@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -236,7 +236,9 @@ class Converted:
         return figures
 
     def tiny(self) -> Self:
-        shorter: Callable[[Stage | None], Stage | None] = lambda stage: stage and stage._replace(steps=2)  # noqa: E731
+        def shorter(stage: Stage | None) -> Stage | None:
+            return None if stage is None else stage._replace(steps=2)
+
         return dataclasses.replace(
             self,
             source=self.source.tiny(),

@@ -12,8 +12,9 @@ from torch import Tensor
 from subquad import ops, training
 from subquad.bench.constant_speed import Preparation, Step, op_step
 from subquad.bench.trials import TextTrial
+from subquad.claims import sparsing_law
 from subquad.claims.contract import Claim, Figures, Term, at_least, at_most
-from subquad.claims.experiment import SMALL_MODEL, Timed, milliseconds_at
+from subquad.claims.experiment import Timed, milliseconds_at
 from subquad.claims.sparsing_law import LOSS, held_out_windows
 from subquad.evaluation import sparsity
 from subquad.layers.feedforward_sites import feedforward_sites
@@ -21,13 +22,7 @@ from subquad.models import SubquadForCausalLM
 from subquad.training.objectives import next_token
 from subquad.training.progressive_l1 import PenaltyStage, ProgressiveL1
 
-TRIAL = TextTrial(
-    fields={**SMALL_MODEL, "mixers": "softmax", "intermediate_size": 160},
-    steps=400,
-    batch_size=16,
-    learning_rate=4e-3,
-    length=128,
-)
+TRIAL = dataclasses.replace(sparsing_law.TRIAL, steps=400)
 STEPS, LEARNING_RATE, SHIFT, WINDOWS = 300, 1.5e-3, 0.05, 64
 SPARSITY, SHIFTED_SPARSITY, SHIFTED_LOSS = "sparsity", f"sparsity, threshold {SHIFT}", f"{LOSS}, threshold {SHIFT}"
 STAGES = ((0.0, 60), (1 / 40, 90), (1 / 4, 150), (1 / 4, 170), (1.0, 240), (1.0, 300))

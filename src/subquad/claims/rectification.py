@@ -5,6 +5,7 @@ fatal in another. How far a policy strays from the base is the divergence ``KL(q
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -25,34 +26,35 @@ UNSAFE, STRAYING, BAN = "unsafe texts", "KL to the base", "KL of the cheapest ba
 BASE, EXACT = "base", "exact value"
 
 
+def _chances(world: Any, policies: np.ndarray) -> np.ndarray:
+    """The chance of each state before every token and at the end, ``(T + 1, S)``, under policies ``(T, S, V)``."""
+    chances = np.zeros((len(policies) + 1, len(world.following)))
+    chances[0, 0] = 1
+    for before, after, policy in zip(chances, chances[1:], policies):
+        np.add.at(after, world.following, before[:, None] * policy)
+    return chances
+
+
 def _follow(world: Any, policies: np.ndarray) -> tuple[float, float]:
     """The share of undesired texts and the divergence from the base of policies ``(T, S, V)``, both exact."""
-    chance = np.zeros(len(world.following))
-    chance[0] = 1
-    straying = 0.0
-    for policy in policies:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(policy > 0, policy * np.log(policy / world.policy), 0)
-        straying += float(chance @ terms.sum(1))
-        following = np.zeros_like(chance)
-        np.add.at(following, world.following, chance[:, None] * policy)
-        chance = following
-    return float(chance[world.undesired].sum()), straying
+    chances = _chances(world, policies)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(policies > 0, policies * np.log(policies / world.policy), 0)
+    return float(chances[-1, world.undesired].sum()), float((chances[:-1] * terms.sum(2)).sum())
+
+
+def _every_token(world: Any, policy: np.ndarray) -> np.ndarray:
+    """A policy ``(S, V)`` that does not depend on the place, as ``(T, S, V)``."""
+    return np.broadcast_to(policy, (world.length, *policy.shape))
 
 
 def _banned(world: Any, number: int) -> np.ndarray:
     """The base policy ``(T, S, V)`` without the tokens of highest average risk."""
-    risk, chance = np.zeros(world.policy.shape[1]), np.zeros(len(world.following))
-    chance[0] = 1
-    for values in exact_value(world):
-        risk -= (chance[:, None] * values).sum(0)
-        following = np.zeros_like(chance)
-        np.add.at(following, world.following, chance[:, None] * world.policy)
-        chance = following
+    chances = _chances(world, _every_token(world, world.policy))[:-1]
+    risk = -(chances[..., None] * exact_value(world)).sum((0, 1))
     policy = world.policy.copy()
     policy[:, np.argsort(-risk)[:number]] = 0
-    policy /= policy.sum(1, keepdims=True)
-    return np.broadcast_to(policy, (world.length, *policy.shape))
+    return _every_token(world, policy / policy.sum(1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,29 @@ class Exact:
         return self
 
 
-_VALUES: dict[tuple[int, int], DeadEndValue] = {}
+@functools.lru_cache(maxsize=1)
+def _learnt_value(seed: int, steps: int) -> DeadEndValue:
+    """The one value of all strictnesses of a seed."""
+    world = tasks.dead_ends(seed)
+    size = world.policy.shape[1]
+    fields = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 1, "feedforward": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        value = DeadEndValue(SubquadForCausalLM(SubquadConfig(vocab_size=size + 1, mixers="gru", **fields)))
+    texts = world.sample(TEXTS, seed)
+    rewards = -world.is_undesired(texts).astype(np.float64)
+    rows = np.concatenate([np.full((TEXTS, 1), size), texts], axis=1)
+    options = TrainingOptions(
+        steps=steps,
+        batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        schedule="constant",
+        seed=seed,
+    )
+    train_value(value, rows.tolist(), rewards.tolist(), options, console=Console(quiet=True))
+    return value.eval()
 
 
 @dataclass(frozen=True)
@@ -106,35 +130,10 @@ class Learnt:
 
     def measure(self, seed: int) -> Figures:
         world = tasks.dead_ends(seed)
-        tokens, straying = self._write(world, self._value(world, seed), seed)
+        tokens, straying = self._write(world, _learnt_value(seed, self.steps), seed)
         unsafe = float(world.is_undesired(tokens).mean())
         bans = [_follow(world, _banned(world, number)) for number in range(1, world.policy.shape[1])]
         return {UNSAFE: unsafe, STRAYING: straying, BAN: min((kl for rate, kl in bans if rate <= unsafe), default=99.0)}
-
-    def _value(self, world: Any, seed: int) -> DeadEndValue:
-        key = (seed, self.steps)
-        if key not in _VALUES:
-            _VALUES.clear()
-            size = world.policy.shape[1]
-            fields = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 1, "feedforward": None}
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                value = DeadEndValue(SubquadForCausalLM(SubquadConfig(vocab_size=size + 1, mixers="gru", **fields)))
-            texts = world.sample(TEXTS, seed)
-            rewards = -world.is_undesired(texts).astype(np.float64)
-            rows = np.concatenate([np.full((TEXTS, 1), size), texts], axis=1)
-            options = TrainingOptions(
-                steps=self.steps,
-                batch_size=BATCH,
-                learning_rate=LEARNING_RATE,
-                weight_decay=0.0,
-                betas=(0.9, 0.999),
-                schedule="constant",
-                seed=seed,
-            )
-            train_value(value, rows.tolist(), rewards.tolist(), options, console=Console(quiet=True))
-            _VALUES[key] = value.eval()
-        return _VALUES[key]
 
     @torch.no_grad()
     def _write(self, world: Any, value: DeadEndValue, seed: int) -> tuple[np.ndarray, float]:

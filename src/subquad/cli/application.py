@@ -47,6 +47,12 @@ def escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raises ValueError where something stands already: a command that takes minutes says so at its beginning."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: name a folder that does not, or remove it")
+
+
 def list_of(text: str, kind: type = str) -> list[Any]:
     try:
         return [kind(part.strip()) for part in text.split(",") if part.strip()]

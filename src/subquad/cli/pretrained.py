@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from subquad.cli.application import answers_errors, app, console, errors, escape, list_of
+from subquad.cli.application import answers_errors, app, console, errors, escape, list_of, refuse_existing
 
 
 @app.command()
@@ -142,20 +142,16 @@ def sparsity(
 
     Example: `subquad sparsity models/llama --data notes/ --percent 1 --save models/llama-sparse`
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from subquad import tasks
     from subquad.bench.neuron_use import neuron_use
     from subquad.compress.sparse_feedforward import save_sparse, sparsify
+    from subquad.inference.pretrained import load
 
-    if not Path(model).is_dir():
-        raise ValueError(f"{model} is no folder; give the folder that holds config.json and the weights")
     if tokens < context or context < 2:
         raise ValueError(f"tokens must be at least context, and context at least 2; got {tokens} and {context}")
-    if save is not None and save.exists():
-        raise ValueError(f"{save} exists already: name a folder that does not, or remove it")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    if save is not None:
+        refuse_existing(save)
+    lm, tokenizer = load(model)
     text = tasks.text_files(data).tokenized(tokenizer)
     windows = [batch.inputs for batch in text.eval_windows("test", context, tokens // context, batch_size=4)]
     result = neuron_use(lm, windows, percent)
@@ -190,8 +186,7 @@ def rectify(
 
     from subquad.inference import pretrained, rectification
 
-    if out.exists():
-        raise ValueError(f"{out} exists already: name a folder that does not, or remove it")
+    refuse_existing(out)
     if not reward.is_file():
         raise ValueError(f"{reward} is no file; give a Python file that defines reward(text)")
     function = runpy.run_path(str(reward)).get("reward")
