@@ -152,3 +152,11 @@ def test_available_asks_by_pattern():
     assert "inline" not in mixers.available("causal self-attention")
     with pytest.raises(ValueError, match="did you mean 'causal self-attention'"):
         mixers.available("causal self")
+
+
+def test_queries_without_a_feature_weigh_nothing():
+    linear = make("linear", feature_map="relu")
+    with torch.no_grad():  # relu of every query is zero
+        linear.q_proj.weight.zero_()
+    found = bench.injectivity(linear)
+    assert (found.smallest_distance, found.ray_distance) == (0, 0)

@@ -88,7 +88,8 @@ def attention_weights(mixer: Mixer, q: Tensor, k: Tensor) -> Tensor:
         return mixer.attention_weights(q, k)
     if isinstance(mixer, LinearAttention):
         weights = mixer.phi.weights(q, k)
-        return weights / weights.sum(-1, keepdim=True)
+        total = weights.sum(-1, keepdim=True)
+        return weights / total.where(total != 0, 1)  # a query without a feature weighs nothing
     if isinstance(mixer, SoftmaxAttention):
         return torch.softmax(torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5, -1)
     raise ValueError(
